@@ -1,0 +1,1 @@
+"""Contrastive and selective hidden embeddings for medical image segmentation."""

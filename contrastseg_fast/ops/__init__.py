@@ -1,0 +1,1 @@
+"""The operators: schema, fake kernel, autograd formula and default implementation, one file an op."""

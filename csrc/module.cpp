@@ -1,0 +1,7 @@
+// The Python module behind contrastseg_fast._C: importing it loads the library, which registers the kernels.
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
