@@ -1,0 +1,226 @@
+"""The paper, line by line, in plain PyTorch: the oracle of every test.
+
+Each function is one equation, or one step of Algorithm 1, written for reading: it builds the N x N
+matrices, crops every box, and lets autograd differentiate. Arguments are those of
+`contrastseg_fast.functional` and are not checked here. Sums run in fp64 for fp64 inputs, in fp32 for others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BORDERS = ("full", "clip", "background")
+AFFINITIES = ("ratio", "constant", "diagonal", "bipartite")
+CLASS_DISTANCES = ("mean", "sum", "tv")
+VARIANTS = ("paper", "released")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _crop(x: Tensor, axis: int, first: int, extent: int) -> Tensor:
+    """The part of the box [first, first + extent) of `axis` that lies inside the image."""
+    begin, end = max(first, 0), min(first + extent, x.shape[axis])
+    return x.narrow(axis, min(begin, x.shape[axis]), max(end - begin, 0))
+
+
+def foreground_ratio(
+    labels: Tensor,
+    starts: Tensor,
+    size: Sequence[int],
+    num_classes: int,
+    *,
+    border: str = "full",
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4, by cropping each box and counting: phi^m = (pixels of class m inside R) / (area of R)."""
+    dims = len(size)
+    labels = labels.double()
+    if labels.ndim == dims + 1:
+        labels = labels[:, None]
+    counted = (labels != (math.inf if ignore_index is None else ignore_index)).any(1)  # (B, *spatial)
+    if labels.shape[1] == 1:
+        labels = (labels == torch.arange(num_classes, device=labels.device).view(-1, *[1] * dims)).double()
+    membership = labels.masked_fill(~counted[:, None], 0)  # (B, M, *spatial)
+
+    batch = labels.shape[0]
+    starts = starts.expand(batch, *starts.shape[-2:])
+    count = starts.shape[1]
+    area = math.prod(size)
+    ratios = membership.new_zeros(batch, count, num_classes)
+    valid_fraction = membership.new_zeros(batch, count)
+    for b, n in itertools.product(range(batch), range(count)):
+        corner = starts[b, n].tolist()
+        box_of_classes, box_counted = membership[b], counted[b]
+        for axis, (first, extent) in enumerate(zip(corner, size, strict=True)):
+            box_of_classes = _crop(box_of_classes, axis + 1, first, extent)
+            box_counted = _crop(box_counted, axis, first, extent)
+        pixels_of_class = box_of_classes.flatten(1).sum(1)
+        inside = box_counted.numel()
+        num_ignored = inside - int(box_counted.sum())
+        if border == "background":
+            pixels_of_class[0] += area - inside
+        denominator = (inside if border == "clip" else area) - num_ignored
+        if denominator > 0:
+            ratios[b, n] = pixels_of_class / denominator
+        if inside > 0:
+            valid_fraction[b, n] = (inside - num_ignored) / inside
+    return ratios.float(), valid_fraction.float()
+
+
+def class_distance_matrix(ratios: Tensor, class_distance: str = "mean") -> Tensor:
+    """The distance of Eq. 3, d_ij = 1/M sum_m |phi_i^m - phi_j^m|: `(B, N, M)` to `(B, N, N)`."""
+    total = (ratios[:, :, None, :] - ratios[:, None, :, :]).abs().sum(-1)
+    match class_distance:
+        case "mean":
+            return total / ratios.shape[-1]
+        case "sum":
+            return total
+        case "tv":
+            return total / 2
+        case _:
+            raise ValueError(f"class_distance: expected one of {CLASS_DISTANCES}, got {class_distance!r}")
+
+
+def affinity_matrices(
+    ratios: Tensor, affinity: str = "ratio", class_distance: str = "mean", include_background: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3 and the ablations of section 5.3.2: the affinity w and its complement wbar, each `(B, N, N)`."""
+    batch, count, _ = ratios.shape
+    match affinity:
+        case "ratio":
+            d = class_distance_matrix(ratios if include_background else ratios[..., 1:], class_distance)
+        case "constant":
+            d = ratios.new_full((batch, count, count), 0.5)
+        case "diagonal":
+            d = 1 - torch.eye(count, dtype=ratios.dtype, device=ratios.device).expand(batch, -1, -1)
+        case "bipartite":
+            label = ratios.argmax(-1)
+            d = (label[:, :, None] != label[:, None, :]).to(ratios.dtype)
+        case _:
+            raise ValueError(f"affinity: expected one of {AFFINITIES}, got {affinity!r}")
+    return 1 - d, d
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """u = v / |v|, and 0 with gradient 0 where v = 0.
+
+    Each vector is first divided by its largest entry, which changes nothing but keeps squares in range.
+    """
+    largest = vectors.detach().abs().amax(-1, keepdim=True)
+    v = vectors / largest.masked_fill(largest == 0, 1)
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return torch.where(length == 0, 0, v / length.masked_fill(length == 0, 1))
+
+
+def cosine_similarity(vectors: Tensor) -> Tensor:
+    """Eq. 6: s_ij = v_i . v_j / (|v_i| |v_j|), `(B, N, C)` to `(B, N, N)`."""
+    u = unit_vectors(vectors)
+    return u @ u.mT
+
+
+def _logits_and_weights(
+    vectors: Tensor,
+    ratios: Tensor,
+    temperature: float,
+    affinity: str,
+    class_distance: str,
+    include_background: bool,
+    valid: Tensor | None,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What Eq. 7 is made of: s w / tau, s wbar / tau, w, wbar, each `(B, N, N)`, and valid `(B, N)`."""
+    vectors = _upcast(vectors)
+    s = cosine_similarity(vectors)
+    w, wbar = affinity_matrices(ratios.to(s.dtype), affinity, class_distance, include_background)
+    match variant:
+        case "paper":
+            pass
+        case "released":  # the authors' 2D code swaps w and wbar, and subtracts the largest s, which is 1
+            w, wbar, s = wbar, w, s - 1
+        case _:
+            raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+    if valid is None:
+        valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+    return s * w / temperature, s * wbar / temperature, w, wbar, valid
+
+
+def _log_z(repelling: Tensor, valid: Tensor) -> Tensor:
+    """log Z_i = log sum_k exp(s_ik wbar_ik / tau) over the valid k, `(B, N)`."""
+    return repelling.masked_fill(~valid[:, None, :], torch.finfo(repelling.dtype).min).logsumexp(-1)
+
+
+def pdcr_loss(
+    vectors: Tensor,
+    ratios: Tensor,
+    *,
+    temperature: float = 0.5,
+    affinity: str = "ratio",
+    class_distance: str = "mean",
+    include_background: bool = True,
+    valid: Tensor | None = None,
+    variant: str = "paper",
+    reduction: str = "mean",
+) -> Tensor:
+    """Eq. 7: L = sum_i sum_j -log( exp(s_ij w_ij / tau) / sum_k exp(s_ik wbar_ik / tau) ), for each image."""
+    attracting, repelling, _, _, valid = _logits_and_weights(
+        vectors, ratios, temperature, affinity, class_distance, include_background, valid, variant
+    )
+    pair_loss = _log_z(repelling, valid)[:, :, None] - attracting
+    pair_counts = valid[:, :, None] & valid[:, None, :]
+    image_loss = pair_loss.masked_fill(~pair_counts, 0).sum((1, 2))  # (B,)
+    if reduction == "sum":
+        return image_loss.sum()
+    num_vectors = valid.sum(1)
+    image_loss = image_loss / num_vectors.clamp(min=1) ** 2
+    if reduction == "none":
+        return image_loss
+    if reduction == "mean":
+        return image_loss.sum() / (num_vectors > 0).sum().clamp(min=1)
+    raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def repelled_fraction(
+    vectors: Tensor,
+    ratios: Tensor,
+    *,
+    temperature: float = 0.5,
+    affinity: str = "ratio",
+    class_distance: str = "mean",
+    include_background: bool = True,
+    valid: Tensor | None = None,
+    variant: str = "paper",
+) -> Tensor:
+    """The share of the pairs i != j of each image that Eq. 7 drives apart, `(B,)`.
+
+    Those are the pairs with dL/ds_ij = 1/tau [ n wbar_ij e_ij (1/Z_i + 1/Z_j) - 2 w_ij ] > 0, where
+    e = exp(s wbar / tau).
+    """
+    _, repelling, w, wbar, valid = _logits_and_weights(
+        vectors.detach(), ratios, temperature, affinity, class_distance, include_background, valid, variant
+    )
+    log_z = _log_z(repelling, valid)
+    share = (repelling - log_z[:, :, None]).exp() + (repelling - log_z[:, None, :]).exp()
+    num_vectors = valid.sum(1)
+    repels = num_vectors[:, None, None] * wbar * share > 2 * w
+    pair_counts = (valid[:, :, None] & valid[:, None, :]).tril(-1)  # each pair once
+    num_pairs = num_vectors * (num_vectors - 1) // 2
+    return (repels & pair_counts).sum((1, 2)) / num_pairs.clamp(min=1)
+
+
+def entropy_gate(
+    features: Tensor, logits: Tensor, *, return_uncertainty: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Eqs. 8 to 10: A = softmax(F(H)), u = -sum_m a_m log2 a_m / log2 M, Hhat = H * (1 + (1 - u))."""
+    log_a = _upcast(logits).log_softmax(1)
+    log_a = log_a.clamp(min=torch.finfo(log_a.dtype).min)  # a logit of -inf: 0 log 0 = 0
+    u = -(log_a.exp() * log_a).sum(1, keepdim=True) / math.log(logits.shape[1])
+    gated = (features * (1 + (1 - u))).to(features.dtype)
+    return (gated, u) if return_uncertainty else gated
