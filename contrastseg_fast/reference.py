@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-BORDERS = ("full", "clip", "background")
-AFFINITIES = ("ratio", "constant", "diagonal", "bipartite")
-CLASS_DISTANCES = ("mean", "sum", "tv")
-VARIANTS = ("paper", "released")
-REDUCTIONS = ("none", "mean", "sum")
+from contrastseg_fast import modules, sampling
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ def class_distance_matrix(ratios: Tensor, class_distance: str = "mean") -> Tenso
         case "tv":
             return total / 2
         case _:
-            raise ValueError(f"class_distance: expected one of {CLASS_DISTANCES}, got {class_distance!r}")
+            raise ValueError(f"class_distance: {class_distance!r} is not known")
 
 
 def affinity_matrices(
@@ -105,7 +102,7 @@ def affinity_matrices(
             label = ratios.argmax(-1)
             d = (label[:, :, None] != label[:, None, :]).to(ratios.dtype)
         case _:
-            raise ValueError(f"affinity: expected one of {AFFINITIES}, got {affinity!r}")
+            raise ValueError(f"affinity: {affinity!r} is not known")
     return 1 - d, d
 
 
@@ -146,7 +143,7 @@ def _logits_and_weights(
         case "released":  # the authors' 2D code swaps w and wbar, and subtracts the largest s, which is 1
             w, wbar, s = wbar, w, s - 1
         case _:
-            raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+            raise ValueError(f"variant: {variant!r} is not known")
     if valid is None:
         valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     return s * w / temperature, s * wbar / temperature, w, wbar, valid
@@ -184,7 +181,7 @@ def pdcr_loss(
         return image_loss
     if reduction == "mean":
         return image_loss.sum() / (num_vectors > 0).sum().clamp(min=1)
-    raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    raise ValueError(f"reduction: {reduction!r} is not known")
 
 
 def repelled_fraction(
@@ -215,6 +212,14 @@ def repelled_fraction(
     return (repels & pair_counts).sum((1, 2)) / num_pairs.clamp(min=1)
 
 
+@overload
+def entropy_gate(
+    features: Tensor, logits: Tensor, *, return_uncertainty: Literal[False] = False
+) -> Tensor: ...
+@overload
+def entropy_gate(
+    features: Tensor, logits: Tensor, *, return_uncertainty: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def entropy_gate(
     features: Tensor, logits: Tensor, *, return_uncertainty: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -224,3 +229,71 @@ def entropy_gate(
     u = -(log_a.exp() * log_a).sum(1, keepdim=True) / math.log(logits.shape[1])
     gated = (features * (1 + (1 - u))).to(features.dtype)
     return (gated, u) if return_uncertainty else gated
+
+
+class PDCRLoss(modules.PDCRLoss):
+    """Algorithm 1: in every layer sample vectors, count in their boxes (Eq. 4), and average Eq. 7."""
+
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor] | Mapping[Any, Tensor],
+        labels: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the feature maps, one for each layer, with the labels of the input image."""
+        labels = modules.finest(labels).double()
+        dims = next(iter(self.receptive_fields.values())).spatial_dims
+        if labels.ndim == dims + 1:
+            labels = labels[:, None]
+        num_classes, include_background = self.num_classes, self.include_background
+        ignore_index = -(2**15) if self.ignore_index is None else self.ignore_index
+        if num_classes == 1:  # one foreground channel, maybe soft; what is left is class 0
+            ignored = labels == ignore_index
+            labels = torch.cat([1 - labels, labels], 1).masked_fill(ignored, ignore_index)
+            num_classes, include_background = 2, False
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, ignore_index)
+
+        layer_losses = []
+        for layer, feature_map in zip(self.boxes, self.in_layer_order(features), strict=True):
+            indices = sampling.sample(
+                self.sampler, feature_map.shape[2:], self.num_samples, self.generator, feature_map.device
+            )
+            at_indices: tuple[Any, ...] = (slice(None), slice(None), *indices.unbind(1))
+            vectors = feature_map[at_indices].mT
+            starts = self.boxes[layer].starts(indices)
+            size = [int(extent) for extent in self.boxes[layer].size]
+            ratios, valid_fraction = foreground_ratio(
+                labels, starts, size, num_classes, border=self.border, ignore_index=ignore_index
+            )
+            valid = valid_fraction >= self.min_valid_fraction
+            if self.skip_homogeneous:
+                inside, _ = foreground_ratio(
+                    labels, starts, size, num_classes, border="clip", ignore_index=ignore_index
+                )
+                for b in range(len(valid)):
+                    if inside[b, valid[b]].unique(dim=0).shape[0] == 1:
+                        valid[b] = False
+            layer_losses.append(
+                pdcr_loss(
+                    vectors,
+                    ratios,
+                    temperature=self.temperature,
+                    affinity=self.affinity,
+                    class_distance=self.class_distance,
+                    include_background=include_background,
+                    valid=valid,
+                    variant=self.variant,
+                    reduction=self.reduction,
+                )
+            )
+        losses = torch.stack(layer_losses, -1)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+class UAFS(modules.UAFS):
+    """Eqs. 8 to 10 behind the same network F."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gated features."""
+        return entropy_gate(x, self.head(x))
