@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -302,27 +303,15 @@ class PDCRLoss(nn.Module):
         return labels, ignore_index
 
     def extra_repr(self) -> str:
-        fields = ", ".join(f"{layer!r}: {field}" for layer, field in self.boxes.items())
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN_OPTIONS)
-        return f"boxes={{{fields}}},\n{options}"
+        lines = [f"boxes[{layer!r}]={box}" for layer, box in self.boxes.items()]
+        for name, parameter in inspect.signature(PDCRLoss.__init__).parameters.items():
+            if name not in ("self", "receptive_fields", "patch_size", "generator"):
+                value = getattr(self, name)
+                if value != parameter.default:
+                    lines.append(f"{name}={value!r}")
+        return "\n".join(lines)
 
 
-_SHOWN_OPTIONS = (
-    "num_classes",
-    "num_samples",
-    "temperature",
-    "sampler",
-    "affinity",
-    "class_distance",
-    "include_background",
-    "border",
-    "ignore_index",
-    "min_valid_fraction",
-    "skip_homogeneous",
-    "variant",
-    "reduction",
-    "backend",
-)
 _UNUSED_LABEL = -(2**15)  # marks masked pixels; exact in every floating dtype
 
 
