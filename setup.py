@@ -22,11 +22,15 @@ def _cpu_extension():
         "contrastseg_fast._C",
         CPU_SOURCES,
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the stable ABI of torch 2.11
-            ("Py_LIMITED_API", "0x030a0000"),  # the limited API of Python 3.10
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],  # the stable ABI of torch 2.11
+        extra_compile_args=[
+            "-O3",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=fast",
+            "-Wno-psabi",
         ],
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
         py_limited_api=True,
     )
 
@@ -43,7 +47,9 @@ def _build_command():
             except Exception as error:
                 if os.environ.get("CONTRASTSEG_FAST_REQUIRE_EXTENSION") == "1":
                     raise
-                warnings.warn(f"contrastseg_fast: no C++ extension, installing pure Python: {error}", stacklevel=1)
+                warnings.warn(
+                    f"contrastseg_fast: no C++ extension, installing pure Python: {error}", stacklevel=1
+                )
                 self.extensions = []
 
     return OptionalBuild
@@ -54,7 +60,9 @@ def _extension_arguments() -> dict:
     if shutil.which(compiler) is None:
         if os.environ.get("CONTRASTSEG_FAST_REQUIRE_EXTENSION") == "1":
             sys.exit(f"contrastseg_fast: the C++ compiler {compiler!r} was not found")
-        warnings.warn(f"contrastseg_fast: no C++ compiler ({compiler!r}), installing pure Python", stacklevel=1)
+        warnings.warn(
+            f"contrastseg_fast: no C++ compiler ({compiler!r}), installing pure Python", stacklevel=1
+        )
         return {}
     return {
         "ext_modules": [_cpu_extension()],

@@ -31,7 +31,9 @@ def check(op: str, backend: str, device: torch.device) -> None:
             return
         case "cpu":
             if device.type != "cpu":
-                raise ValueError(f"backend: {op} with backend='cpu' expects CPU tensors, got {device.type} tensors")
+                raise ValueError(
+                    f"backend: {op} with backend='cpu' expects CPU tensors, got {device.type} tensors"
+                )
             if _CPU_ERROR is not None:
                 raise RuntimeError(
                     f"backend: {op} with backend='cpu' needs the C++ extension, which is not installed "
@@ -42,6 +44,8 @@ def check(op: str, backend: str, device: torch.device) -> None:
                 raise ValueError(
                     f"backend: {op} with backend={backend!r} expects CUDA tensors, got {device.type} tensors"
                 )
-            raise RuntimeError(f"backend: {op} has no {backend!r} kernels in this version; use backend='auto'")
+            raise RuntimeError(
+                f"backend: {op} has no {backend!r} kernels in this version; use backend='auto'"
+            )
         case _:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")

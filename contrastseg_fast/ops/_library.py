@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from contrastseg_fast import _backend  # noqa: F401  loads the C++ kernels, where they are installed
+
 NAMESPACE = "contrastseg_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 

@@ -111,7 +111,7 @@ def _backward(
 ) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False):
         unit, inverse, ratios, valid = _prepare(vectors, ratios, valid)
-        count = valid.sum(1)[:, None, None]
+        count = valid.sum(1).to(unit.dtype)[:, None, None]
         grad_unit = torch.empty_like(unit)
         for rows in _row_chunks(unit):
             distance = _distance(ratios[:, rows], ratios, distance_scale, categorical)

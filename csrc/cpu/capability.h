@@ -29,7 +29,7 @@ Function select(Function avx512, Function avx2, Function baseline) {
 }  // namespace csf
 
 #if defined(__x86_64__)
-#define CSF_DISPATCH(function) csf::select(&avx512::function, &avx2::function, &baseline::function)
+#define CSF_DISPATCH(...) csf::select(&avx512::__VA_ARGS__, &avx2::__VA_ARGS__, &baseline::__VA_ARGS__)
 #else
-#define CSF_DISPATCH(function) (&baseline::function)
+#define CSF_DISPATCH(...) (&baseline::__VA_ARGS__)
 #endif

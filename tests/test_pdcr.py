@@ -1,0 +1,317 @@
+"""The PDCR operator against the float64 default implementation and against its own guarantees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from contrastseg_fast import _backend
+from contrastseg_fast.ops import pdcr
+
+needs_extension = pytest.mark.skipif(
+    not _backend.has_cpu_extension(), reason="the C++ extension is not installed"
+)
+
+# temperature, distance_scale, categorical, num_bias, num_slope, den_bias, den_slope, shift
+PAPER = (0.5, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)
+SHARP = (0.07, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)
+OVERFLOWING = (0.002, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)  # exp(d / tau) exceeds fp32
+RELEASED = (0.5, 1.0, False, 0.0, 1.0, 1.0, -1.0, 1.0)
+CONSTANT = (0.5, 0.5, False, 0.5, 0.0, 0.5, 0.0, 0.0)
+CATEGORICAL = (0.5, 1.0, True, 1.0, -1.0, 0.0, 1.0, 0.0)
+FORMS = {
+    "paper": PAPER,
+    "sharp": SHARP,
+    "overflowing": OVERFLOWING,
+    "released": RELEASED,
+    "constant": CONSTANT,
+    "categorical": CATEGORICAL,
+}
+
+
+def make_inputs(
+    batch: int, count: int, channels: int, classes: int, dtype: torch.dtype, *, categorical: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random vectors, and ratios of which half are shared by many vectors, as with real masks."""
+    generator = torch.Generator().manual_seed(count * 31 + channels)
+    vectors = torch.randn(batch, count, channels, generator=generator).to(dtype)
+    if categorical:
+        return vectors, torch.randint(0, 4, (batch, count, 1), generator=generator).float()
+    ratios = torch.rand(batch, count, classes, generator=generator)
+    ratios = ratios / ratios.sum(-1, keepdim=True)
+    ratios[:, : count // 3] = ratios[:, :1]
+    ratios[:, count // 3 : count // 2] = ratios[:, -1:]
+    return vectors, ratios[:, torch.randperm(count, generator=generator)]
+
+
+def loss_and_gradient(implementation, vectors, ratios, valid, options, grad):
+    """`(loss, log_z, gradient)` by the operator ("op") or by its plain-PyTorch default ("default")."""
+    forward = pdcr.pdcr_forward if implementation == "op" else pdcr._forward
+    backward = pdcr.pdcr_backward if implementation == "op" else pdcr._backward
+    loss, log_z = forward(vectors, ratios, valid, *options)
+    return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *options)
+
+
+def normwise(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def assert_as_exact_as_plain(vectors, ratios, valid, options) -> None:
+    """The error against float64 is at most twice that of plain PyTorch which upcasts to fp32 first.
+
+    A few roundings come on top, of numbers near 1 or of exponents up to 1 / temperature.
+    """
+    grad = torch.linspace(0.5, 1.5, vectors.shape[0])
+    exact = loss_and_gradient("default", vectors.double(), ratios, valid, options, grad)
+    plain = loss_and_gradient("default", vectors.float(), ratios, valid, options, grad)
+    actual = loss_and_gradient("op", vectors, ratios, valid, options, grad)
+    assert actual[2].dtype == vectors.dtype
+    rounding = torch.finfo(torch.float32).eps * max(4, 0.25 / options[0])
+    for name, a, p, e in zip(("loss", "log_z", "gradient"), actual, plain, exact, strict=True):
+        assert torch.isfinite(a).all(), name
+        plain_error = normwise(p.to(a.dtype), e)
+        assert normwise(a, e) <= 2 * plain_error + rounding, f"{name}: {normwise(a, e)} against {plain_error}"
+
+
+@needs_extension
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("batch", "count", "channels", "classes"),
+    [(2, 257, 33, 2), (1, 500, 16, 5), (3, 63, 100, 3), (1, 96, 2, 2), (2, 97, 7, 4), (1, 3300, 24, 2)],
+)
+def test_fp32_is_as_exact_as_plain_pytorch(form, batch, count, channels, classes):
+    options = FORMS[form]
+    vectors, ratios = make_inputs(batch, count, channels, classes, torch.float32, categorical=options[2])
+    assert_as_exact_as_plain(vectors, ratios, None, options)
+
+
+@needs_extension
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_is_as_exact_as_plain_pytorch(form, dtype):
+    options = FORMS[form]
+    vectors, ratios = make_inputs(2, 300, 40, 3, dtype, categorical=options[2])
+    assert_as_exact_as_plain(vectors, ratios, None, options)
+
+
+@needs_extension
+@pytest.mark.parametrize("form", FORMS)
+def test_fp64_agrees_to_rounding(form):
+    options = FORMS[form]
+    vectors, ratios = make_inputs(2, 211, 19, 3, torch.float64, categorical=options[2])
+    grad = torch.ones(2, dtype=torch.float64)
+    exact = loss_and_gradient("default", vectors, ratios, None, options, grad)
+    actual = loss_and_gradient("op", vectors, ratios, None, options, grad)
+    for a, e in zip(actual, exact, strict=True):
+        assert a.dtype == torch.float64
+        assert normwise(a, e) < 1e-12
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [PAPER, SHARP], ids=["paper", "sharp"])
+def test_clustered_vectors(dtype, options):
+    """At cosine 0.9999 the gradient is what is left after nearly all of it cancels."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, 1, 64, generator=generator) + 0.01 * torch.randn(2, 500, 64, generator=generator)
+    _, ratios = make_inputs(2, 500, 64, 2, dtype)
+    assert_as_exact_as_plain(vectors.to(dtype), ratios, None, options)
+
+
+@needs_extension
+def test_invalid_vectors_take_no_part():
+    vectors, ratios = make_inputs(3, 410, 20, 2, torch.float32)
+    valid = torch.rand(3, 410, generator=torch.Generator().manual_seed(1)) > 0.4
+    valid[1] = False
+    assert_as_exact_as_plain(vectors, ratios, valid, PAPER)
+    loss, log_z, gradient = loss_and_gradient("op", vectors, ratios, valid, PAPER, torch.ones(3))
+    assert loss[1] == 0
+    assert (gradient[~valid] == 0).all()
+    assert (log_z[~valid] == 0).all()
+    keep = valid[0]
+    alone = loss_and_gradient("op", vectors[:1, keep], ratios[:1, keep], None, PAPER, torch.ones(1))
+    torch.testing.assert_close(loss[:1], alone[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[:1, keep], alone[2], rtol=1e-4, atol=1e-8)
+
+
+@needs_extension
+def test_skipped_tiles_change_nothing():
+    """Blocks of equal ratios are skipped; the same pairs with ratios a hair apart are computed."""
+    vectors, _ = make_inputs(1, 900, 32, 2, torch.float64)
+    ratios = torch.zeros(1, 900, 2)
+    ratios[:, :600, 0] = 1
+    ratios[:, 600:, 1] = 1
+    apart = ratios + torch.linspace(0, 1e-7, 900)[None, :, None]
+    grad = torch.ones(1, dtype=torch.float64)
+    skipped = loss_and_gradient("op", vectors, ratios, None, PAPER, grad)
+    computed = loss_and_gradient("op", vectors, apart, None, PAPER, grad)
+    for a, b in zip(skipped, computed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
+@needs_extension
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_rows_of_any_length(scale):
+    vectors, ratios = make_inputs(1, 200, 24, 2, torch.float32)
+    scales = torch.ones(200)
+    scales[::3] = scale
+    grad = torch.ones(1)
+    loss, _, gradient = loss_and_gradient("op", vectors * scales[:, None], ratios, None, PAPER, grad)
+    loss_1, _, gradient_1 = loss_and_gradient("op", vectors, ratios, None, PAPER, grad)
+    torch.testing.assert_close(loss, loss_1, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradient.double() * scales[:, None].double(), gradient_1.double(), rtol=1e-4, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+def test_zero_vectors_get_no_gradient(options):
+    vectors, ratios = make_inputs(2, 130, 12, 2, torch.float32, categorical=options[2])
+    vectors[:, ::4] = 0
+    vectors[1] = 0
+    loss, _, gradient = loss_and_gradient("op", vectors, ratios, None, options, torch.ones(2))
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(gradient).all()
+    assert (gradient[:, ::4] == 0).all()
+    assert (gradient[1] == 0).all()
+    assert gradient[0].abs().sum() > 0
+    assert_as_exact_as_plain(vectors, ratios, None, options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "channels"), [(0, 5, 4), (2, 0, 4), (2, 1, 4), (2, 2, 4), (2, 5, 0)]
+)
+def test_degenerate_sizes(batch, count, channels):
+    vectors = torch.randn(batch, count, channels, requires_grad=True)
+    ratios = torch.rand(batch, count, 2)
+    loss, log_z = pdcr.pdcr_forward(vectors, ratios, None, *PAPER)
+    assert loss.shape == (batch,)
+    assert log_z.shape == (batch, count)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(vectors.grad).all()
+    if count == 1:
+        torch.testing.assert_close(vectors.grad, torch.zeros_like(vectors), rtol=0, atol=1e-6)
+
+
+@needs_extension
+def test_one_channel_has_no_gradient():
+    """Vectors on a line have cosine 1 or -1, whatever their lengths."""
+    vectors, ratios = make_inputs(1, 96, 1, 2, torch.float32)
+    gradient = loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(1))[2]
+    assert (gradient * vectors).abs().max() < 1e-7
+
+
+@needs_extension
+@pytest.mark.parametrize("temperature", [1e-3, 1e-2, 0.1, 1.0, 1e3, 1e6])
+def test_any_temperature(temperature):
+    vectors, ratios = make_inputs(1, 230, 16, 2, torch.float32)
+    assert_as_exact_as_plain(vectors, ratios, None, (temperature, *PAPER[1:]))
+
+
+@needs_extension
+def test_strided_inputs():
+    vectors, ratios = make_inputs(2, 150, 20, 3, torch.float32)
+    expected = loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(2))
+    features = vectors.mT.contiguous().mT
+    wide = torch.zeros(2, 150, 60)
+    wide[..., ::3] = vectors
+    spread = ratios.mT.contiguous().mT
+    for strided in (features, wide[..., ::3]):
+        assert not strided.is_contiguous()
+        actual = loss_and_gradient("op", strided, spread, None, PAPER, torch.ones(1).expand(2))
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+
+
+@needs_extension
+def test_same_bits_for_any_number_of_threads():
+    vectors, ratios = make_inputs(2, 3400, 40, 2, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(2)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["op", "default"])
+def test_gradcheck(implementation):
+    vectors, ratios = make_inputs(2, 23, 6, 3, torch.float64)
+    vectors.requires_grad_()
+    valid = torch.rand(2, 23, generator=torch.Generator().manual_seed(3)) > 0.2
+    if implementation == "op":
+        assert torch.autograd.gradcheck(lambda v: pdcr.pdcr_forward(v, ratios, valid, *PAPER)[0], (vectors,))
+        return
+    loss, log_z = pdcr._forward(vectors, ratios, valid, *PAPER)
+    expected = torch.autograd.grad(loss.sum(), vectors)[0]
+    actual = pdcr._backward(torch.ones_like(loss), log_z.detach(), vectors.detach(), ratios, valid, *PAPER)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype):
+    vectors, ratios = make_inputs(2, 30, 8, 2, dtype)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    torch.library.opcheck(pdcr.pdcr_forward, (vectors.requires_grad_(), ratios, valid, *PAPER))
+    loss, log_z = pdcr.pdcr_forward(vectors.detach(), ratios, None, *PAPER)
+    torch.library.opcheck(
+        pdcr.pdcr_backward, (torch.ones_like(loss), log_z, vectors.detach(), ratios, None, *PAPER)
+    )
+
+
+def test_second_derivatives_raise():
+    vectors, ratios = make_inputs(1, 20, 8, 2, torch.float32)
+    vectors.requires_grad_()
+    loss, _ = pdcr.pdcr_forward(vectors, ratios, None, *PAPER)
+    (gradient,) = torch.autograd.grad(loss.sum(), vectors, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        gradient.square().sum().backward()
+
+
+def test_autocast_leaves_products_in_fp32():
+    vectors, ratios = make_inputs(1, 300, 32, 2, torch.float32)
+    expected = loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(1))
+    default = loss_and_gradient("default", vectors, ratios, None, PAPER, torch.ones(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(1))
+        default_inside = loss_and_gradient("default", vectors, ratios, None, PAPER, torch.ones(1))
+    for a, e in zip((*inside, *default_inside), (*expected, *default), strict=True):
+        assert torch.equal(a, e)
+
+
+_CAPABILITY_CHECK = """
+import torch
+from tests import test_pdcr as t
+for name, options in t.FORMS.items():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        vectors, ratios = t.make_inputs(2, 205, 37, 3, dtype, categorical=options[2])
+        if dtype == torch.float64:
+            t.test_fp64_agrees_to_rounding(name)
+        else:
+            t.assert_as_exact_as_plain(vectors, ratios, None, options)
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_other_vector_code(capability):
+    """The binary's other kernels, where this machine would choose better ones."""
+    environment = {**os.environ, "CONTRASTSEG_FAST_CPU": capability}
+    result = subprocess.run(
+        [sys.executable, "-c", _CAPABILITY_CHECK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
