@@ -19,14 +19,14 @@ from torch import Tensor
 from contrastseg_fast.ops._library import LIBRARY, accumulation_dtype, define, forbid_second_derivative
 
 _OPTIONS = (
-    "Tensor vectors, Tensor ratios, Tensor? valid, float temperature, float distance_scale, bool categorical, "
-    "float num_bias, float num_slope, float den_bias, float den_slope, float shift"
+    "Tensor vectors, Tensor ratios, Tensor? valid, float temperature, float distance_scale, "
+    "bool categorical, float num_bias, float num_slope, float den_bias, float den_slope, float shift"
 )
 _CHUNK_ELEMENTS = 1 << 22  # pairs held at once by the default kernels, over all images
 
 
 def _normalised(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors (zero where the vector is zero) and 1 / length (zero likewise), in the accumulation dtype."""
+    """Unit vectors and 1 / length (both zero for a zero vector), in the accumulation dtype."""
     x = vectors.to(accumulation_dtype(vectors.dtype))
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
     scale = torch.where(largest > 0, largest, 1)
