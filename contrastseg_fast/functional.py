@@ -22,6 +22,7 @@ VARIANTS = ("paper", "released")
 REDUCTIONS = ("none", "mean", "sum")
 BORDERS = ("full", "clip", "background")
 
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # storage formats, almost without operators
 _PAIRS_AT_ONCE = 1 << 22  # of all images, in repelled_fraction
 _RATIO_TOLERANCE = 1e-4
 
@@ -217,6 +218,8 @@ def foreground_ratio(
         _checks.fail("starts", f"a batch of {labels.shape[0]}, that of labels", starts.shape[0])
     if labels.ndim == dims + 2 and not soft:
         labels = labels[:, 0]
+    if labels.dtype in _WIDE_UNSIGNED:
+        labels = labels.long()
     if validate or (validate is None and labels.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_label_range(labels, soft, num_classes, ignore_index)
     _backend.check("foreground_ratio", backend, labels.device)

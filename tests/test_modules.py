@@ -1,0 +1,515 @@
+"""PDCRLoss and UAFS: options against the reference modules, label maps of every form, and errors."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import io
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import blob_labels
+from torch import Tensor, nn
+
+from contrastseg_fast import functional, modules, reference
+from contrastseg_fast.modules import UAFS, PDCRLoss
+from contrastseg_fast.receptive_field import ReceptiveField
+
+STEM = ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))
+DEEP = ReceptiveField(size=(11, 9), stride=(4, 4), start=(-5, -3))
+FIELDS = {"stem": STEM, "deep": DEEP}
+
+
+def feature_maps(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Maps of two images of 24 x 20 pixels."""
+    stem, deep = torch.randn(2, 5, 12, 10, dtype=dtype), torch.randn(2, 8, 6, 5, dtype=dtype)
+    return {"stem": stem, "deep": deep.to(memory_format=torch.channels_last)}
+
+
+def labels_with_holes() -> Tensor:
+    labels = blob_labels(2, (24, 20), 3)
+    labels[0, :9] = 255
+    return labels
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_samples": 17},
+    {"num_samples": None, "sampler": "raster"},
+    {"sampler": "random", "num_samples": 9},
+    {"patch_size": 5},
+    {"patch_size": (4, 6)},
+    {"patch_size": {"deep": (3, 4)}},
+    {"affinity": "bipartite"},
+    {"affinity": "constant", "reduction": "none"},
+    {"affinity": "diagonal", "reduction": "sum"},
+    {"class_distance": "tv", "include_background": False},
+    {"class_distance": "sum", "temperature": 0.1},
+    {"variant": "released", "border": "clip"},
+    {"border": "background", "min_valid_fraction": 0.9},
+    {"min_valid_fraction": 0.0},
+    {"skip_homogeneous": True},
+    {"skip_homogeneous": True, "border": "background", "affinity": "bipartite"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_pdcr_module_agrees_with_algorithm_1(options: dict, masked: bool) -> None:
+    features, labels = feature_maps(), labels_with_holes()
+    labels[1] = 2
+    mask = (torch.rand(2, 1, 24, 20) > 0.4) if masked else None
+    results = []
+    for module in (PDCRLoss, reference.PDCRLoss):
+        leaves = {layer: x.clone().requires_grad_() for layer, x in features.items()}
+        loss = module(FIELDS, 3, ignore_index=255, generator=torch.Generator().manual_seed(5), **options)
+        value = loss(leaves, labels, mask)
+        results.append((value, *torch.autograd.grad(value.sum(), list(leaves.values()))))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+
+
+def test_features_come_by_name_or_in_order() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    named, ordered = PDCRLoss(FIELDS, 3), PDCRLoss([STEM, DEEP], 3)
+    expected = named(maps, labels)
+    assert torch.equal(named(dict(reversed(maps.items())), labels), expected)
+    assert torch.equal(named(list(maps.values()), labels), expected)
+    assert torch.equal(ordered(tuple(maps.values()), labels), expected)
+    alone = PDCRLoss([STEM], 3)
+    assert torch.equal(alone(maps["stem"], labels), alone([maps["stem"]], labels))
+
+
+def test_reductions_average_over_images_and_layers() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    each = PDCRLoss(FIELDS, 3, reduction="none")(maps, labels)
+    assert each.shape == (2, 2)
+    torch.testing.assert_close(PDCRLoss(FIELDS, 3)(maps, labels), each.mean())
+    counts = torch.tensor([120.0, 30.0])
+    total = PDCRLoss(FIELDS, 3, reduction="sum")(maps, labels)
+    torch.testing.assert_close(total, (each * counts**2).sum(0).mean())
+
+
+def test_vectors_sampled_early_give_the_same_loss_later() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3, num_samples=20)
+    expected = pdcr(maps, labels)
+    samples = [pdcr.sample(x, layer) for layer, x in maps.items()]
+    for x in maps.values():
+        x.zero_()
+    assert torch.equal(pdcr.loss(iter(samples), labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+def test_a_mask_is_the_same_as_ignored_labels(dtype: torch.dtype) -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    mask = torch.rand(2, 1, 24, 20) > 0.5
+    expected = PDCRLoss(FIELDS, 3, ignore_index=7)(maps, labels.masked_fill(~mask[:, 0], 7))
+    for given_mask in (mask, mask.to(dtype)):
+        assert torch.equal(PDCRLoss(FIELDS, 3)(maps, labels.to(dtype), given_mask), expected)
+        assert torch.equal(PDCRLoss(FIELDS, 3)(maps, labels.to(dtype)[:, None], given_mask), expected)
+    one_hot = nn.functional.one_hot(labels, 3).movedim(-1, 1).to(dtype)
+    torch.testing.assert_close(PDCRLoss(FIELDS, 3)(maps, one_hot, mask), expected)
+
+
+def test_of_a_list_of_label_maps_the_first_counts() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3)
+    assert torch.equal(pdcr(maps, [labels, labels[:, ::2, ::2]]), pdcr(maps, labels))
+
+
+def test_one_class_is_one_foreground_channel() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 2)
+    expected = PDCRLoss(FIELDS, 2, include_background=False)(maps, labels)
+    one = PDCRLoss(FIELDS, 1)
+    for form in (labels, labels[:, None], labels.bool(), labels.float(), labels[:, None].float()):
+        torch.testing.assert_close(one(maps, form), expected)
+
+
+def test_one_soft_foreground_channel() -> None:
+    maps, soft = feature_maps(), torch.rand(2, 1, 24, 20)
+    mask = torch.rand(2, 1, 24, 20) > 0.3
+    two = PDCRLoss(FIELDS, 2, include_background=False)(maps, torch.cat([1 - soft, soft], 1), mask)
+    torch.testing.assert_close(PDCRLoss(FIELDS, 1)(maps, soft, mask), two)
+    marked = soft.masked_fill(~mask, 255)
+    torch.testing.assert_close(PDCRLoss(FIELDS, 1, ignore_index=255)(maps, marked), two)
+
+
+@pytest.mark.parametrize("border", functional.BORDERS)
+def test_homogeneous_images_are_left_out_on_request(border: str) -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    labels[1] = 0
+    plain, skipping = (PDCRLoss(FIELDS, 3, border=border, skip_homogeneous=skip) for skip in (False, True))
+    first = {layer: x[:1] for layer, x in maps.items()}
+    torch.testing.assert_close(skipping(maps, labels), plain(first, labels[:1]))
+    assert not torch.equal(plain(maps, labels), plain(first, labels[:1]))
+    x = maps["stem"].requires_grad_()
+    nothing = skipping({**maps, "stem": x}, torch.zeros_like(labels))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert (x.grad == 0).all()
+
+
+def test_bipartite_affinity_takes_the_label_at_the_centre() -> None:
+    labels = blob_labels(1, (12, 10), 3, scale=2)
+    x = torch.randn(1, 4, 12, 10)
+    field = ReceptiveField(size=(5, 4), stride=(1, 1), start=(-2, -2))
+    actual = PDCRLoss([field], 3, affinity="bipartite", num_samples=None)(x, labels)
+    one_hot = nn.functional.one_hot(labels, 3).float().flatten(1, 2)
+    expected = functional.pdcr_loss(x.flatten(2).mT, one_hot, affinity="bipartite")
+    torch.testing.assert_close(actual, expected)
+
+
+def test_volumes_with_anisotropic_fields() -> None:
+    field = ReceptiveField(size=(3, 5, 5), stride=(1, 2, 2), start=(-1, -2, -2))
+    x, labels = torch.randn(1, 6, 4, 9, 8, dtype=torch.float64), blob_labels(1, (4, 18, 16), 4)
+    options = {"num_samples": 50, "class_distance": "tv"}
+    expected = reference.PDCRLoss([field], 4, **options)(x, labels)
+    torch.testing.assert_close(PDCRLoss([field], 4, **options)(x, labels), expected, rtol=1e-6, atol=0)
+
+
+def test_empty_batches_and_all_pixels_ignored_are_finite_and_connected() -> None:
+    labels = torch.full((2, 24, 20), 255, dtype=torch.uint8)
+    pdcr = PDCRLoss(FIELDS, 3, ignore_index=255)
+    for batch in (0, 2):
+        maps = {layer: x[:batch].requires_grad_() for layer, x in feature_maps().items()}
+        loss = pdcr(maps, labels[:batch])
+        loss.backward()
+        assert loss.item() == 0
+        assert all((x.grad == 0).all() for x in maps.values())
+
+
+def test_it_computes_in_eval_mode_too() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3)
+    assert torch.equal(pdcr.eval()(maps, labels), pdcr.train()(maps, labels))
+
+
+def test_gradients_pull_a_network_towards_its_labels() -> None:
+    """Features learn to tell two regions apart: cosines within rise above cosines across."""
+    labels = torch.zeros(1, 16, 16, dtype=torch.long)
+    labels[:, :, 8:] = 1
+    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+    pdcr = PDCRLoss([ReceptiveField((1, 1), (1, 1), (0, 0))], 2)
+    optimizer = torch.optim.SGD([x], lr=300.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        pdcr(x, labels).backward()
+        optimizer.step()
+    u = nn.functional.normalize(x.detach()[0].flatten(1).T, dim=1)
+    same = labels.flatten()[:, None] == labels.flatten()[None]
+    cosine = u @ u.T
+    assert cosine[same].mean() > 0.8
+    assert cosine[~same].mean() < 0.0
+
+
+def test_random_sampling_goes_on_after_copying_and_pickling() -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3, num_samples=9, sampler="random", generator=torch.Generator().manual_seed(1))
+    pdcr(maps, labels)
+    others = [copy.deepcopy(pdcr), pickle.loads(pickle.dumps(pdcr))]
+    following = [pdcr(maps, labels) for _ in range(2)]
+    assert not torch.equal(*following)
+    for other in others:
+        assert torch.equal(torch.stack([other(maps, labels) for _ in range(2)]), torch.stack(following))
+
+
+def test_pdcr_says_what_it_is() -> None:
+    text = repr(PDCRLoss(FIELDS, 3, patch_size={"deep": 5}, temperature=0.1))
+    assert "boxes['stem']=ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))" in text
+    assert "boxes['deep']=ReceptiveField(size=(5, 5), stride=(4, 4), start=(-2, -1))" in text
+    assert "num_classes=3" in text
+    assert "temperature=0.1" in text
+    assert "affinity" not in text
+
+
+INFINITE = ReceptiveField(size=(float("inf"), 3), stride=(1, 1), start=(0, 0), reason="attention")
+VOLUME = ReceptiveField(size=(3, 3, 3), stride=(2, 2, 2), start=(-1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"receptive_fields": {}}, ValueError, "receptive_fields: expected at least one layer, got none"),
+        ({"receptive_fields": 3}, TypeError, "receptive_fields: expected a mapping or a sequence of Rec"),
+        (
+            {"receptive_fields": {"a": (3, 3)}},
+            TypeError,
+            "receptive_fields['a']: expected a ReceptiveField, got tuple",
+        ),
+        (
+            {"receptive_fields": [STEM, INFINITE]},
+            ValueError,
+            "receptive_fields[1]: expected a finite field, got Recep",
+        ),
+        (
+            {"receptive_fields": [STEM, VOLUME]},
+            ValueError,
+            "receptive_fields: expected fields with the same number of",
+        ),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer of at least 1, got 0"),
+        ({"num_samples": 0}, ValueError, "num_samples: expected an integer of at least 1, got 0"),
+        ({"num_samples": 10.0}, TypeError, "num_samples: expected an integer, got float"),
+        ({"temperature": -0.5}, ValueError, "temperature: expected a positive, finite number, got -0.5"),
+        ({"sampler": "hex"}, ValueError, "sampler: expected one of 'grid', 'random', 'raster', got 'hex'"),
+        ({"patch_size": 2.5}, TypeError, "patch_size: expected an integer, one per axis, or a mapping"),
+        ({"patch_size": 0}, ValueError, "patch_size: expected an integer of at least 1, got 0"),
+        (
+            {"patch_size": (3, 3, 3)},
+            ValueError,
+            "patch_size: expected one integer, or 2, one per axis, got (3, 3, 3)",
+        ),
+        (
+            {"patch_size": {"neck": 3}},
+            ValueError,
+            "patch_size: expected some of the layers ['stem', 'deep'], got ['neck",
+        ),
+        ({"affinity": "soft"}, ValueError, "affinity: expected one of"),
+        ({"class_distance": "l2"}, ValueError, "class_distance: expected one of"),
+        ({"border": "wrap"}, ValueError, "border: expected one of"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer or None, got float"),
+        (
+            {"min_valid_fraction": 1.5},
+            ValueError,
+            "min_valid_fraction: expected a number from 0 to 1, got 1.5",
+        ),
+        ({"variant": "3d"}, ValueError, "variant: expected one of"),
+        ({"reduction": "max"}, ValueError, "reduction: expected one of"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of"),
+    ],
+)
+def test_bad_options_are_named(changed: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        PDCRLoss(**{"receptive_fields": FIELDS, "num_classes": 3, **changed})
+
+
+MAPS, LABELS = feature_maps(torch.float32), torch.zeros(2, 24, 20, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "mask", "error", "message"),
+    [
+        (
+            [MAPS["stem"]],
+            LABELS,
+            None,
+            ValueError,
+            "features: expected one map for each of 2 layers, got 1 maps",
+        ),
+        (
+            {"stem": MAPS["stem"]},
+            LABELS,
+            None,
+            ValueError,
+            "features: expected the layers ['stem', 'deep'], got ['stem'",
+        ),
+        (
+            [MAPS["stem"][0]] * 2,
+            LABELS,
+            None,
+            ValueError,
+            "features['stem']: expected a tensor (B, C, *spatial) with 2",
+        ),
+        ([MAPS["stem"].int()] * 2, LABELS, None, TypeError, "features['stem']: expected dtype float32"),
+        (
+            MAPS,
+            LABELS.tolist(),
+            None,
+            TypeError,
+            "labels: expected a tensor (B, [M,] *spatial) with 2 spatial axes, got",
+        ),
+        (
+            MAPS,
+            [],
+            None,
+            TypeError,
+            "labels: expected a tensor (B, [M,] *spatial) with 2 spatial axes, got list",
+        ),
+        (
+            MAPS,
+            LABELS[0],
+            None,
+            ValueError,
+            "labels: expected a tensor (B, [M,] *spatial) with 2 spatial axes, got",
+        ),
+        (MAPS, LABELS[:1], None, ValueError, "labels: expected a batch of 2, that of the features, got 1"),
+        (
+            MAPS,
+            LABELS.to("meta"),
+            None,
+            ValueError,
+            "labels: expected device cpu, where features['stem'] is, got meta",
+        ),
+        (MAPS, LABELS + 3, None, ValueError, "labels: expected integers from 0 to 2, got 3"),
+        (
+            MAPS,
+            LABELS[:, ::2, ::2],
+            None,
+            ValueError,
+            "labels: expected the resolution of the network's input, for f",
+        ),
+        (
+            MAPS,
+            LABELS.repeat(1, 1, 2),
+            None,
+            ValueError,
+            "labels: expected the resolution of the network's input, for",
+        ),
+        (
+            MAPS,
+            LABELS,
+            LABELS,
+            ValueError,
+            "mask: expected a tensor (B, 1, *spatial) with 2 spatial axes, got shape",
+        ),
+        (
+            MAPS,
+            LABELS,
+            LABELS[:, None, :9],
+            ValueError,
+            "mask: expected shape (2, 1, 24, 20) (B and spatial shape of",
+        ),
+        (
+            MAPS,
+            LABELS,
+            LABELS[:, None].to("meta"),
+            ValueError,
+            "mask: expected device cpu, where labels is, got meta",
+        ),
+    ],
+)
+def test_bad_inputs_are_named(
+    features: Any, labels: Any, mask: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        PDCRLoss(FIELDS, 3)(features, labels, mask)
+
+
+def test_bad_calls_of_the_two_halves_are_named() -> None:
+    pdcr = PDCRLoss(FIELDS, 3)
+    with pytest.raises(ValueError, match=re.escape("layer: expected one of ['stem', 'deep'], got 'neck'")):
+        pdcr.sample(MAPS["stem"], "neck")
+    with pytest.raises(ValueError, match="samples: expected at least one layer's samples, got none"):
+        pdcr.loss([], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "extent"),
+    [
+        (3, 2, 1, 24),
+        (3, 2, 1, 25),
+        (2, 2, 0, 25),
+        (4, 4, 0, 27),
+        (7, 1, 0, 24),
+        (5, 3, 2, 23),
+        (11, 4, 5, 24),
+    ],
+)
+def test_maps_of_every_usual_convolution_fit_their_labels(
+    kernel: int, stride: int, padding: int, extent: int
+) -> None:
+    x = nn.functional.conv2d(
+        torch.randn(1, 2, extent, 40), torch.randn(3, 2, kernel, kernel), None, stride, padding
+    )
+    field = ReceptiveField((kernel,) * 2, (stride,) * 2, (-padding,) * 2)
+    assert PDCRLoss([field], 2)(x, blob_labels(1, (extent, 40), 2)).isfinite()
+
+
+# UAFS
+
+
+@pytest.mark.parametrize("norm", modules.NORMS)
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_gate_agrees_with_the_reference_and_shares_its_state(norm: str, spatial_dims: int) -> None:
+    fast = UAFS(spatial_dims, 4, 3, 12, norm=norm)
+    plain = reference.UAFS(spatial_dims, 4, 3, 12, norm=norm)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 4, 7, 6, 5)[..., 0] if spatial_dims == 2 else torch.randn(2, 4, 7, 6, 5)
+    for mode in (True, False):
+        fast.train(mode)
+        plain.train(mode)
+        torch.testing.assert_close(fast(x), plain(x))
+    fast(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fast.parameters())
+    assert fast.head[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("norm", modules.NORMS)
+def test_logits_are_not_constant_at_the_start(norm: str) -> None:
+    logits = UAFS(2, 4, 3, norm=norm).head(torch.randn(2, 4, 16, 16))
+    assert logits.std((0, 2, 3)).min() > 1e-3
+    assert logits.std(1).mean() > 1e-3
+
+
+def test_uncertainty_explains_the_gate() -> None:
+    gate, x = UAFS(2, 4, 3).eval(), torch.randn(2, 4, 16, 16)
+    u = gate.uncertainty(x)
+    assert u.shape == (2, 1, 16, 16)
+    assert u.min() >= 0
+    assert u.max() <= 1 + 1e-6
+    torch.testing.assert_close(gate(x), x * (2 - u))
+
+
+def test_gate_under_autocast_and_in_half_precision() -> None:
+    gate, x = UAFS(2, 4, 3).eval(), torch.randn(2, 4, 16, 16)
+    expected = gate(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(gate(x), expected, rtol=2e-2, atol=2e-2)
+        assert gate(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(gate.bfloat16()(x.bfloat16()).float(), expected, rtol=5e-2, atol=5e-2)
+
+
+def test_gate_copies_pickles_and_loads_strictly() -> None:
+    gate, x = UAFS(2, 4, 3).eval(), torch.randn(1, 4, 8, 8)
+    stream = io.BytesIO()
+    torch.save(gate.state_dict(), stream)
+    stream.seek(0)
+    loaded = UAFS(2, 4, 3, backend="reference").eval()
+    loaded.load_state_dict(torch.load(stream, weights_only=True))
+    for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), loaded):
+        torch.testing.assert_close(other(x), gate(x))
+    assert "spatial_dims=2, in_channels=4, num_classes=3, backend='auto'" in repr(gate)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"spatial_dims": 1}, ValueError, "spatial_dims: expected 2 or 3, got 1"),
+        ({"in_channels": 0}, ValueError, "in_channels: expected an integer of at least 1, got 0"),
+        ({"num_classes": 1}, ValueError, "num_classes: expected an integer of at least 2, got 1"),
+        ({"hidden_channels": 1.0}, TypeError, "hidden_channels: expected an integer, got float"),
+        (
+            {"norm": "layer"},
+            ValueError,
+            "norm: expected one of 'batch', 'instance', 'group', 'none', got 'layer'",
+        ),
+        ({"backend": "fast"}, ValueError, "backend: expected one of"),
+    ],
+)
+def test_bad_options_of_the_gate_are_named(changed: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        UAFS(**{"spatial_dims": 2, "in_channels": 4, "num_classes": 3, **changed})
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0], TypeError, "x: expected a tensor (B, 4, *spatial) with 2 spatial axes, got list"),
+        (
+            torch.ones(4, 8, 8),
+            ValueError,
+            "x: expected a tensor (B, 4, *spatial) with 2 spatial axes, got shape",
+        ),
+        (torch.ones(1, 5, 8, 8), ValueError, "x: expected 4 channels, got 5"),
+    ],
+)
+def test_bad_inputs_of_the_gate_are_named(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        UAFS(2, 4, 3)(x)
+
+
+def test_examples() -> None:
+    assert doctest.testmod(modules).failed == 0
