@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast import _backend, _checks
-from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
-from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
 from contrastseg_fast.ops import pdcr as _pdcr_op
 from contrastseg_fast.sampling import sample_grid
 
@@ -231,6 +229,8 @@ def foreground_ratio(
                 labels, starts, size, num_classes, border=border, ignore_index=ignore_index
             )
         case _:
+            from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
+
             labels = _kernel_labels(labels, soft)
             return _foreground_ratio_op.foreground_ratio(
                 labels, starts, list(size), num_classes, border, ignore_index
@@ -280,6 +280,8 @@ def entropy_gate(
 
             gated, uncertainty = reference.entropy_gate(features, logits, return_uncertainty=True)
         case _:
+            from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
+
             gated, uncertainty = _entropy_gate_op.entropy_gate_forward(features, logits)
     return (gated, uncertainty) if return_uncertainty else gated
 
