@@ -214,12 +214,14 @@ def foreground_ratio(
     _checks.same_device("starts", starts, "labels", labels)
     if starts.ndim == 3 and starts.shape[0] != labels.shape[0]:
         _checks.fail("starts", f"a batch of {labels.shape[0]}, that of labels", starts.shape[0])
-    if labels.ndim == dims + 2 and not soft:
-        labels = labels[:, 0]
-    if labels.dtype in _WIDE_UNSIGNED:
-        labels = labels.long()
-    if validate or (validate is None and labels.device.type == "cpu" and not torch.compiler.is_compiling()):
-        _check_label_range(labels, soft, num_classes, ignore_index)
+    if validate is None:
+        validate = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not soft:
+        labels = _class_indices(labels[:, 0] if labels.ndim == dims + 2 else labels, num_classes, validate)
+    elif not labels.dtype.is_floating_point:
+        labels = labels.float()
+    if validate:
+        _check_label_range(labels, num_classes, ignore_index)
     _backend.check("foreground_ratio", backend, labels.device)
     match backend:
         case "reference":
@@ -231,7 +233,6 @@ def foreground_ratio(
         case _:
             from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
 
-            labels = _kernel_labels(labels, soft)
             return _foreground_ratio_op.foreground_ratio(
                 labels, starts, list(size), num_classes, border, ignore_index
             )
@@ -426,32 +427,43 @@ def _check_labels(labels: Tensor, dims: int, num_classes: int) -> bool:
     return soft
 
 
-def _check_label_range(labels: Tensor, soft: bool, num_classes: int, ignore_index: int | None) -> None:
-    if labels.numel() == 0 or labels.dtype == torch.bool:
-        return
+def _class_indices(labels: Tensor, num_classes: int, validate: bool) -> Tensor:
+    """The labels in an integer dtype that the operators know."""
+    if labels.dtype == torch.bool:
+        return labels.view(torch.uint8)
+    if labels.dtype in _WIDE_UNSIGNED:
+        return labels.long()
+    if not labels.dtype.is_floating_point:
+        return labels
+    indices = labels.int()
+    if validate and not torch.equal(indices.to(labels.dtype), labels):
+        wrong = labels[indices != labels]
+        _checks.fail("labels", f"integers from 0 to {num_classes - 1}", f"{wrong[0].item():g}")
+    return indices
+
+
+def _check_label_range(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    soft = labels.dtype.is_floating_point
     highest = 1 if soft else num_classes - 1
-    holds_integers = soft or not labels.dtype.is_floating_point
-    least, most = labels.aminmax()
-    if holds_integers and least >= 0 and most <= highest:
+    if labels.numel() == 0 or _lies_within(labels, highest):
         return
-    wrong = ~((labels >= 0) & (labels <= highest))
-    if not holds_integers:
-        wrong |= labels != labels.floor()
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-    if wrong.any():
-        expected = "values from 0 to 1" if soft else f"integers from 0 to {highest}"
-        besides = "" if ignore_index is None else f", or ignore_index={ignore_index}"
-        _checks.fail("labels", expected + besides, f"{labels[wrong][0].item():g}")
+    if ignore_index is not None and (soft or _can_hold(labels.dtype, ignore_index)):
+        labels = labels.masked_fill(labels == ignore_index, 0)
+        if _lies_within(labels, highest):
+            return
+    wrong = labels[~((labels >= 0) & (labels <= highest))]
+    expected = "values from 0 to 1" if soft else f"integers from 0 to {highest}"
+    besides = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+    _checks.fail("labels", expected + besides, f"{wrong[0].item():g}")
 
 
-def _kernel_labels(labels: Tensor, soft: bool) -> Tensor:
-    """Labels in a dtype of the kernels: soft ones floating, class indices `(B, *spatial)` integer."""
-    if soft:
-        return labels if labels.dtype.is_floating_point else labels.float()
-    if labels.dtype.is_floating_point:
-        return labels.int()
-    return labels.view(torch.uint8) if labels.dtype == torch.bool else labels
+def _lies_within(labels: Tensor, highest: int) -> bool:
+    least, most = labels.aminmax()
+    return bool(least >= 0) and bool(most <= highest)
+
+
+def _can_hold(dtype: torch.dtype, value: int) -> bool:
+    return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
 def _check_gate(features: Tensor, logits: Tensor) -> None:

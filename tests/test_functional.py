@@ -347,6 +347,18 @@ def test_unchecked_labels_out_of_range_count_for_no_class() -> None:
     assert valid_fraction.tolist() == [[1]]
 
 
+def test_a_mark_that_the_dtype_cannot_hold_marks_nothing() -> None:
+    labels = torch.full((1, 4, 4), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="from 0 to 1, or ignore_index=-1, got 255"):
+        foreground_ratio(labels, torch.tensor([[0, 0]]), (2, 2), 2, ignore_index=-1)
+    for backend in ("auto", "reference"):
+        ratios, valid_fraction = foreground_ratio(
+            labels, torch.tensor([[0, 0]]), (2, 2), 2, ignore_index=-1, validate=False, backend=backend
+        )
+        assert ratios.tolist() == [[[0, 0]]]
+        assert valid_fraction.tolist() == [[1]]
+
+
 LABELS, STARTS = torch.zeros(2, 8, 8, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)
 
 
