@@ -37,7 +37,12 @@ class PDCRLoss(nn.Module):
     Samples vectors from every feature map, finds the foreground ratios of their receptive fields in the
     labels, and averages `pdcr_loss` over images and layers. It has no parameters, and computes in eval mode
     as in training. Add it to the segmentation loss with a small weight, 0.01 for example; its strength goes
-    with weight / tau.
+    with weight / temperature.
+
+    The loss attracts vectors of alike boxes and repels the others. Where nearly all boxes look alike to it,
+    all vectors end up alike, which `repelled_fraction` shows: so take layers of stride 2 to 4, or
+    `patch_size` where receptive fields cover much of the image, and `class_distance="tv"` for more than two
+    classes.
 
     Args:
         receptive_fields: the box of every vector, by layer name or in the order of the layers.
@@ -46,7 +51,7 @@ class PDCRLoss(nn.Module):
         num_samples: how many vectors to take from a map at most; None takes all.
         temperature: tau.
         sampler: `"grid"`, `"random"` (anew at each call) or `"raster"`.
-        generator: source of the random sampler's draws, on the features' device; None takes torch's own.
+        generator: source of the random sampler's draws, on any device; None takes torch's own.
         patch_size: extent of the boxes, in pixels, around the centres of the receptive fields; an integer,
             one per axis, or a mapping from layer to either, whose other layers keep their receptive fields.
             None keeps all.
@@ -123,7 +128,9 @@ class PDCRLoss(nn.Module):
         self.variant = variant
         self.reduction = reduction
         self.backend = backend
-        self.boxes = _boxes(self.receptive_fields, 1 if affinity == "bipartite" else patch_size)
+        self.boxes = _boxes(self.receptive_fields, patch_size)
+        if affinity == "bipartite":
+            self.boxes = {layer: box.centred(1) for layer, box in self.boxes.items()}
 
     def forward(
         self,

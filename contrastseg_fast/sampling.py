@@ -62,7 +62,7 @@ def sample_random(
     Args:
         spatial_shape: extent of the feature map along each axis, in vectors.
         num_samples: how many vectors to take at most; None takes all of them.
-        generator: source of randomness, on `device`; None takes torch's own.
+        generator: source of randomness, on any device; None takes torch's own on `device`.
         device: where the indices are made.
 
     Returns:
@@ -76,8 +76,9 @@ def sample_random(
         torch.Size([4, 2])
     """
     _check(spatial_shape, num_samples)
-    order = torch.randperm(math.prod(spatial_shape), generator=generator, device=device)
-    return _unravel(order[:num_samples], spatial_shape)
+    drawn_on = device if generator is None else generator.device
+    order = torch.randperm(math.prod(spatial_shape), generator=generator, device=drawn_on)
+    return _unravel(order[:num_samples].to(device), spatial_shape)
 
 
 def sample_raster(

@@ -151,6 +151,14 @@ def test_pdcr_loss_takes_an_expanded_gradient() -> None:
     torch.testing.assert_close(expanded, plain)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_are_not_hidden(value: float) -> None:
+    vectors = torch.randn(2, 9, 3)
+    vectors[0, 4, 1] = value
+    loss = pdcr_loss(vectors, random_ratios(2, 9, 2), reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+
+
 def test_ratios_get_no_gradient() -> None:
     vectors, ratios = torch.randn(1, 9, 3, requires_grad=True), random_ratios(1, 9, 2).requires_grad_()
     for backend in ("auto", "reference"):
