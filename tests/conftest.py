@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Threads that wait by spinning make small kernels a hundred times slower wherever other work shares the cores.
+# Threads that wait by spinning slow small kernels down a hundredfold where other work shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
