@@ -16,6 +16,23 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast import modules, sampling
+from contrastseg_fast.receptive_field import ReceptiveField
+from contrastseg_fast.sampling import sample_grid
+
+__all__ = [
+    "UAFS",
+    "PDCRLoss",
+    "ReceptiveField",
+    "affinity_matrices",
+    "class_distance_matrix",
+    "cosine_similarity",
+    "entropy_gate",
+    "foreground_ratio",
+    "pdcr_loss",
+    "repelled_fraction",
+    "sample_grid",
+    "unit_vectors",
+]
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -120,7 +137,8 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 def cosine_similarity(vectors: Tensor) -> Tensor:
     """Eq. 6: s_ij = v_i . v_j / (|v_i| |v_j|), `(B, N, C)` to `(B, N, N)`."""
     u = unit_vectors(vectors)
-    return u @ u.mT
+    with torch.autocast(u.device.type, enabled=False):
+        return u @ u.mT
 
 
 def _logits_and_weights(
@@ -246,7 +264,8 @@ class PDCRLoss(modules.PDCRLoss):
         if labels.ndim == dims + 1:
             labels = labels[:, None]
         num_classes, include_background = self.num_classes, self.include_background
-        ignore_index = -(2**15) if self.ignore_index is None else self.ignore_index
+        unused_label = -(2**15)
+        ignore_index = unused_label if self.ignore_index is None else self.ignore_index
         if num_classes == 1:  # one foreground channel, maybe soft; what is left is class 0
             ignored = labels == ignore_index
             labels = torch.cat([1 - labels, labels], 1).masked_fill(ignored, ignore_index)

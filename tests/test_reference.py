@@ -191,6 +191,13 @@ def test_extreme_temperatures_are_finite(temperature: float) -> None:
         torch.testing.assert_close(loss.item(), math.log(33), rtol=1e-5, atol=0)
 
 
+def test_autocast_does_not_round_the_similarities() -> None:
+    vectors, ratios = torch.randn(2, 9, 4), random_ratios(2, 9, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = reference.pdcr_loss(vectors, ratios)
+    assert torch.equal(loss, reference.pdcr_loss(vectors, ratios))
+
+
 @pytest.mark.parametrize(("batch", "count"), [(2, 0), (0, 5), (0, 0)])
 def test_without_pairs_the_loss_is_zero_and_connected(batch: int, count: int) -> None:
     vectors = torch.randn(batch, count, 4, requires_grad=True)
