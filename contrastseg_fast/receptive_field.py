@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import math
-from collections.abc import Sequence
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from numbers import Rational
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.utils._pytree import tree_leaves
 
 from contrastseg_fast import _checks
+from contrastseg_fast._field_algebra import Boxes, Field, Unbounded
+from contrastseg_fast._field_tracker import CircularPaddingAsZeros, FieldTracker
 
 
 @dataclass(frozen=True, repr=False)
 class ReceptiveField:
     """The boxes of pixels that the vectors of a feature map see.
 
-    Along each axis the box of the feature at index i starts at pixel `floor(start + i * stride)` and has `size`
-    pixels. It may hang over the image, as zero padding does. A size of infinity means that every feature sees the
-    whole axis, or that how much it sees cannot be known.
+    Along each axis the box of the feature at index i starts at pixel `floor(start + i * stride)` and has
+    `size` pixels. It may hang over the image, as zero padding does. A size of infinity means that every
+    feature sees the whole axis, or that how much it sees cannot be known.
 
     Args:
         size: extent of a box along each axis, in pixels; an integer or `math.inf`.
@@ -179,6 +192,150 @@ def stack_receptive_field(
     return ReceptiveField(tuple(size), tuple(jump), tuple(start))
 
 
+def receptive_fields(
+    model: nn.Module, input_shape: Sequence[int], layers: str | Sequence[str]
+) -> dict[str, ReceptiveField]:
+    """The receptive fields of the named layers of any model, without computing any values.
+
+    Runs the model in eval mode on a tensor without data, and follows what every operator does to the boxes:
+    skip connections (the union of boxes), dilated and transposed convolutions, pooling, up-sampling, padding,
+    cropping, concatenation, reshaping. Behind up-sampling, where neighbouring features see boxes of different
+    sizes, the field is the smallest grid of equal boxes that holds them all. The model is left as it was.
+
+    Conventions: a normalisation layer counts as elementwise, though instance and group norm take their mean
+    over the whole map; all channels of a tensor share one box; padding of any kind (zeros, reflected,
+    circular) counts as lying outside the image, where boxes may reach.
+
+    A field is infinite along an axis of which a feature sees everything, or nobody knows how much: behind
+    attention, global or adaptive pooling, linear layers over space, FFT, an operator of another library. Its
+    `reason` names the operator. A squeeze-and-excitation block makes all fields behind it infinite.
+
+    Args:
+        model: a module that takes one tensor.
+        input_shape: `(1, C, *spatial)`. Fields behind resizing to a given size depend on it.
+        layers: names as in `model.named_modules()`. The output of each is a feature map `(B, C, *spatial)`,
+            or a tuple, list or dict whose first tensor is. If a layer runs several times its last run counts.
+
+    Returns:
+        the field of each layer, in pixels of the input.
+
+    Raises:
+        ValueError: there is no such layer (the message lists near names), it does not run, does not depend on
+            the input, or its output is not a feature map.
+        RuntimeError: the model reads values of tensors, to branch on them for instance.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
+        >>> receptive_fields(model, (1, 3, 64, 64), ["0", "2"])["2"]
+        ReceptiveField(size=(8, 8), stride=(2, 2), start=(-1, -1))
+    """
+    if not isinstance(input_shape, Sequence) or len(input_shape) < 3:
+        _checks.fail("input_shape", "(1, C, *spatial)", input_shape)
+    for extent in input_shape:
+        _checks.integer("input_shape", extent, 1)
+    names = [layers] if isinstance(layers, str) else list(layers)
+    runs = trace_layers(model, input_shape, names)
+    return {name: runs[name].receptive_field for name in names}
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """One run of a layer without data: its name, its output's shape, dtype and device, and what that sees."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    field: Field
+
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        """The field of an output `(B, C, *spatial)`; a ValueError if the output is not a feature map."""
+        if self.field.is_constant:
+            raise ValueError(f"layers: the output of {self.name!r} does not depend on the model's input")
+        field = _as_map(self.field)
+        grids: list[tuple[Any, Any, Any]] = []
+        for axis, seen in enumerate(field.seen):
+            if isinstance(seen, Boxes):
+                if len(field.dims) != len(field.seen) + 2 or field.places(axis) != {2 + axis}:
+                    _checks.fail(
+                        "layers",
+                        "layers whose output is a feature map (B, C, *spatial) with the axes of the input",
+                        f"{self.name!r}, whose output of shape {self.shape} is not",
+                    )
+                grids.append(seen.grid(self.shape[2 + axis]))
+            else:
+                grids.append((math.inf, 0, -math.inf))
+        size, stride, start = zip(*grids, strict=True)
+        reasons = dict.fromkeys(seen.reason for seen in field.seen if isinstance(seen, Unbounded))
+        return ReceptiveField(size, stride, start, " and ".join(reasons))
+
+
+def trace_layers(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    names: Sequence[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> dict[str, LayerRun]:
+    """Run a model without data and watch the named layers, or all: the last run of each, in that order.
+
+    dtype and device of the input are those of the model's first floating parameter unless given.
+    """
+    modules = dict(model.named_modules(remove_duplicate=names is None))
+    if names is not None:
+        for name in names:
+            if name not in modules:
+                raise ValueError(unknown_layer(name, modules))
+        modules = {name: modules[name] for name in names}
+    parameters = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
+        raise ValueError("model: expected initialised parameters, got lazy ones; run the model once before")
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    runs: dict[str, LayerRun] = {}
+    fake_mode = fake_tensor.FakeTensorMode()
+    tracker = FieldTracker(fake_mode, len(input_shape) - 2)
+
+    def watch(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        if first is not None:
+            runs.pop(name, None)
+            runs[name] = LayerRun(
+                name, tuple(first.shape), first.dtype, first.device, tracker.field_of(first)
+            )
+
+    with _left_as_it_was(model), torch.inference_mode(False), torch.no_grad(), CircularPaddingAsZeros():
+        for module in model.modules():
+            module.training = False
+        for name, module in modules.items():
+            module.register_forward_hook(partial(watch, name))
+        with fake_mode:
+            image = torch.empty(tuple(input_shape), dtype=dtype or like.dtype, device=device or like.device)
+            tracker.see_image(image)
+            try:
+                with tracker:
+                    model(image)
+            except _READS_VALUES as error:
+                raise RuntimeError(
+                    "model: expected one that does not read values of tensors, to branch on them for "
+                    f"instance, got {error}; give the ReceptiveField of its layers by hand"
+                ) from error
+    for name in names or ():
+        if name not in runs:
+            _checks.fail("layers", "layers that run and return tensors", f"{name!r}, which did not")
+    return runs
+
+
+def unknown_layer(name: str, known: Iterable[str]) -> str:
+    """The message about a layer that a model does not have, with the names that come near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    near += [other for other in known if other and other.endswith("." + name) and other not in near][:5]
+    hint = f"; near names: {', '.join(map(repr, near))}" if near else f"; first names: {known[1:6]}"
+    return f"layers: expected names of layers as in model.named_modules(), got {name!r}{hint}"
+
+
 def _per_layer(
     name: str, values: Sequence[int | Sequence[int]], layers: int, spatial_dims: int, *, minimum: int
 ) -> list[tuple[int, ...]]:
@@ -198,3 +355,63 @@ def _rational(name: str, value: object) -> int | Fraction:
         _checks.fail_type(name, "integers or fractions.Fraction", repr(value))
     exact = Fraction(value)
     return int(exact) if exact.denominator == 1 else exact
+
+
+_READS_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
+
+
+def _as_map(field: Field) -> Field:
+    """The field of a map with one factor along each spatial dimension and none along batch and channels."""
+    axes = range(len(field.seen))
+    if len(field.dims) != len(axes) + 2:
+        return field
+    for dim in (0, 1):
+        if all(axis in field.axes_of(2 + axis) for axis in field.axes_of(dim)):
+            field = field.mixed(dim)
+    for axis in axes:
+        if field.axes_of(2 + axis) == {axis}:
+            field = field.plain(2 + axis)
+    return field
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, containers in them, hooks and random generators; run compiled parts uncompiled."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = {id(c): (c, copy.copy(c)) for _, values in attributes for c in _containers(values, set())}
+    python_random, numpy_random = random.getstate(), np.random.get_state()
+    dynamo = sys.modules.get("torch._dynamo")
+    with torch.random.fork_rng(devices=[]), dynamo.set_stance("force_eager") if dynamo else nullcontext():
+        try:
+            yield
+        finally:
+            for container, content in containers.values():
+                if _members(container) != _members(content):
+                    container.clear()
+                    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+            for module, values in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(values)
+            random.setstate(python_random)
+            np.random.set_state(numpy_random)
+
+
+def _containers(value: Any, visited: set[int]) -> Iterator[Any]:
+    """The mutable containers within a value, itself included."""
+    if id(value) in visited or not isinstance(value, (dict, list, tuple, set, deque)):
+        return
+    visited.add(id(value))
+    if not isinstance(value, tuple):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from _containers(part, visited)
+
+
+def _members(container: Any) -> list[int]:
+    parts = [*container, *container.values()] if isinstance(container, dict) else container
+    return [id(part) for part in parts]

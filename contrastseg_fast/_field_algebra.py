@@ -1,0 +1,493 @@
+"""How receptive fields move when tensors are sliced, reshaped, joined and reduced: integers, no tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import NamedTuple
+
+_LONGEST_PATTERN = 1024
+
+Interval = tuple[int, int]  # pixels [low, high)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """One box of pixels along one image axis for every integer index; None for a feature that sees no pixel.
+
+    Box `i + len(pattern)` is box `i` moved by `shift` pixels. A pattern longer than one occurs behind
+    up-sampling, where neighbouring features see boxes of different sizes.
+    """
+
+    pattern: tuple[Interval | None, ...]
+    shift: int
+
+    @classmethod
+    def pixels(cls) -> Boxes:
+        """Every index sees the pixel of that number."""
+        return cls(((0, 1),), 1)
+
+    @property
+    def stride(self) -> Fraction:
+        """Pixels from one box to the next, on average."""
+        return Fraction(self.shift, len(self.pattern))
+
+    def __getitem__(self, index: int) -> Interval | None:
+        turn, phase = divmod(index, len(self.pattern))
+        box = self.pattern[phase]
+        return box and (box[0] + turn * self.shift, box[1] + turn * self.shift)
+
+    def pull(self, taps: Callable[[int], Iterable[int]], period: int = 1, shift: int = 1) -> Boxes:
+        """The hulls of the boxes `taps(j)`, for every j; `taps(j + period)` must be `taps(j) + shift`."""
+        repeats = len(self.pattern) // math.gcd(len(self.pattern), shift)
+        pattern = tuple(_hull(self[index] for index in taps(j)) for j in range(period * repeats))
+        return _shortest(pattern, self.shift * shift * repeats // len(self.pattern))
+
+    def every(self, step: int) -> Boxes:
+        """Boxes whose j-th is this one's box `j * step`."""
+        return self if step == 1 else self.pull(lambda j: (j * step,), 1, step)
+
+    def union(self, other: Boxes, count: int) -> Boxes:
+        """The hulls of both's boxes; if their strides differ, a cover of those of the indices [0, count)."""
+        if not any(other.pattern):
+            return self
+        if not any(self.pattern):
+            return other
+        if self.stride == other.stride:
+            length = math.lcm(len(self.pattern), len(other.pattern))
+            pattern = tuple(_hull((self[i], other[i])) for i in range(length))
+            return _shortest(pattern, self.shift * length // len(self.pattern))
+        covers = [
+            self.cover(stride, count).union(other.cover(stride, count), count)
+            for stride in (self.stride, other.stride)
+        ]
+        return min(covers, key=lambda boxes: (boxes.grid(count)[0], boxes.stride.denominator))
+
+    def cover(self, stride: Fraction, count: int) -> Boxes:
+        """The smallest boxes of equal size, `stride` apart, that hold those of the indices [0, count)."""
+        size, start = _grid(((i, self[i]) for i in range(count)), stride)
+        lows = [math.floor(start + i * stride) for i in range(stride.denominator)]
+        return _shortest(tuple((low, low + size) for low in lows), stride.numerator)
+
+    def short(self, count: int) -> Boxes:
+        """These boxes, or a cover of those of the indices [0, count) if their pattern has grown too long."""
+        if len(self.pattern) <= _LONGEST_PATTERN:
+            return self
+        return self.cover(self.stride.limit_denominator(_LONGEST_PATTERN), count)
+
+    def grid(self, count: int) -> tuple[int, Fraction, Fraction]:
+        """Size, stride and start of the smallest equal boxes that hold those of the indices [0, count)."""
+        size, start = _grid(((i, self[i]) for i in range(count)), self.stride)
+        return size, self.stride, start
+
+
+def _hull(boxes: Iterable[Interval | None]) -> Interval | None:
+    seen = [box for box in boxes if box is not None]
+    return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
+
+
+def _shortest(pattern: tuple[Interval | None, ...], shift: int) -> Boxes:
+    """Boxes of the shortest pattern that repeats to the given one."""
+    total = len(pattern)
+    for length in range(1, total // 2 + 1):
+        if total % length == 0 and shift * length % total == 0:
+            boxes = Boxes(pattern[:length], shift * length // total)
+            if all(boxes[i] == pattern[i] for i in range(length, total)):
+                return boxes
+    return Boxes(pattern, shift)
+
+
+def _grid(boxes: Iterable[tuple[int, Interval | None]], stride: Fraction) -> tuple[int, Fraction]:
+    """The least size of boxes that start at `floor(start + i * stride)`, and a start in the middle of those
+    that allow it."""
+    seen = [(i, box) for i, box in boxes if box is not None]
+    if not seen:
+        return 0, Fraction(0)
+    unit = Fraction(1, stride.denominator)
+    latest = min(low - i * stride for i, (low, _) in seen) + 1 - unit
+    size = max(high - math.floor(latest + i * stride) for i, (_, high) in seen)
+    earliest = max(high - size - i * stride for i, (_, high) in seen)
+    return size, earliest + (latest - earliest) // (2 * unit) * unit
+
+
+class Factor(NamedTuple):
+    """A factor of a dimension's extent: moving by one along it moves by `step` along the boxes of `axis`."""
+
+    extent: int
+    axis: int | None = None
+    step: int = 0
+
+
+class Unbounded(NamedTuple):
+    """What a tensor sees of an axis: all of it, or nobody knows how much."""
+
+    reason: str = ""
+
+
+Seen = Boxes | Unbounded | None
+Dim = tuple[Factor, ...]  # outermost factor first; () is one
+
+
+@dataclass(frozen=True)
+class Field:
+    """What the elements of a tensor see of an image.
+
+    Along each axis of the image an element sees one box of `seen[axis]`: number `sum_k index_k step_k`, over the
+    factors of the tensor's dimensions that belong to the axis. Elements that differ in other factors only, such
+    as channels, see the same. `seen[axis]` is None if the tensor sees nothing of the image.
+    """
+
+    dims: tuple[Dim, ...]
+    seen: tuple[Seen, ...]
+
+    @classmethod
+    def image(cls, shape: Sequence[int]) -> Field:
+        """The field of an image `(B, C, *spatial)`."""
+        axes = len(shape) - 2
+        dims = [(Factor(extent),) for extent in shape[:2]]
+        dims += [(Factor(extent, axis, 1),) for axis, extent in enumerate(shape[2:])]
+        return _field(dims, (Boxes.pixels(),) * axes)
+
+    @classmethod
+    def constant(cls, shape: Sequence[int], axes: int) -> Field:
+        """The field of a tensor that sees nothing of the image."""
+        return _field([(Factor(extent),) for extent in shape], (None,) * axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(_extent(dim) for dim in self.dims)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the tensor sees nothing of the image."""
+        return all(seen is None for seen in self.seen)
+
+    def axes_of(self, dim: int) -> set[int]:
+        """The image axes that lie along a dimension."""
+        return {factor.axis for factor in self.dims[dim] if factor.axis is not None}
+
+    def places(self, axis: int) -> set[int]:
+        """The dimensions that an image axis lies along."""
+        return {dim for dim in range(len(self.dims)) if axis in self.axes_of(dim)}
+
+    def unbounded(self, axes: Iterable[int] | None = None, reason: str = "") -> Field:
+        """The field, unbounded along the given axes; None means all axes that it sees."""
+        lost = {a for a, seen in enumerate(self.seen) if seen is not None} if axes is None else set(axes)
+        seen = [
+            Unbounded(reason) if axis in lost and not isinstance(old, Unbounded) else old
+            for axis, old in enumerate(self.seen)
+        ]
+        return _field(self.dims, seen)
+
+    def lost(self, shape: Sequence[int], reason: str = "") -> Field:
+        """The field of a tensor of which it is only known that this one went into it."""
+        return Field.constant(shape, len(self.seen)).join(self.unbounded(reason=reason).seen)
+
+    def explained(self, reason: str) -> Field:
+        """The field, with a reason where it became unbounded without one."""
+        seen = [Unbounded(reason) if old == Unbounded() else old for old in self.seen]
+        return replace(self, seen=tuple(seen))
+
+    def with_dim(self, dim: int, extent: int) -> Field:
+        """The field with another extent along a dimension that carries no axis."""
+        return _field([*self.dims[:dim], (Factor(extent),), *self.dims[dim + 1 :]], self.seen)
+
+    def permute(self, order: Sequence[int]) -> Field:
+        """The field of `tensor.permute(order)`."""
+        return _field([self.dims[dim] for dim in order], self.seen)
+
+    def insert(self, dim: int, extent: int = 1) -> Field:
+        """The field with a new dimension before `dim`."""
+        return _field([*self.dims[:dim], (Factor(extent),), *self.dims[dim:]], self.seen)
+
+    def squeeze(self, dims: Iterable[int]) -> Field:
+        """The field of `tensor.squeeze(dims)`; what lay along a removed dimension goes to its neighbour."""
+        kept: list[Dim] = []
+        removed: Dim = ()
+        for dim, factors in enumerate(self.dims):
+            if dim in dims and _extent(factors) == 1:
+                removed += factors
+            else:
+                kept.append(removed + factors)
+                removed = ()
+        if kept:
+            kept[-1] += removed
+        return _field(kept, self.seen)
+
+    def reshape(self, shape: Sequence[int]) -> Field:
+        """The field of `tensor.reshape(shape)`; unbounded where a new dimension cuts across an old factor."""
+        if tuple(shape) == self.shape:
+            return self
+        dims = _regroup(_merged([f for dim in self.dims for f in dim or (Factor(1),)], keep_ones=True), shape)
+        if dims is None:
+            return self.lost(shape)
+        return _field(dims, self.seen)
+
+    def join(self, other: Sequence[Seen]) -> Field:
+        """The field, unbounded where `other` is."""
+        pairs = zip(self.seen, other, strict=True)
+        return _field(
+            self.dims,
+            [b if isinstance(b, Unbounded) and not isinstance(a, Unbounded) else a for a, b in pairs],
+        )
+
+    def expand(self, shape: Sequence[int]) -> Field:
+        """The field of `tensor.expand(shape)`."""
+        field = self
+        for _ in range(len(shape) - len(self.dims)):
+            field = field.insert(0)
+        for dim, extent in enumerate(shape):
+            if extent != field.shape[dim]:
+                field = field.unbounded(field.axes_of(dim)).with_dim(dim, extent)
+        return field
+
+    def slice(self, dim: int, start: int, step: int, count: int) -> Field:
+        """The field of the elements `start + step * j`, j < count; those outside see what would be there."""
+        if (start, step, count) == (0, 1, self.shape[dim]):
+            return self
+        field = self.plain(dim)
+        axes = field.axes_of(dim)
+        if not axes:
+            return field.with_dim(dim, count)
+        (factor,), (axis,) = field.dims[dim], axes
+        field = field._moved(axis, [start * factor.step])
+        dims = list(field.dims)
+        dims[dim] = (Factor(count, axis, factor.step * step),)
+        return _field(dims, field.seen)
+
+    def select(self, dim: int, index: int) -> Field:
+        """The field of `tensor.select(dim, index)`; unbounded along an axis that loses its dimension."""
+        field = self.slice(dim, index, 1, 1)
+        return _field([*field.dims[:dim], *field.dims[dim + 1 :]], field.seen)
+
+    def windows(self, dim: int, size: int, step: int, dilation: int, count: int) -> Field:
+        """The field with `count` windows, `step` apart, along `dim`, and their elements in a new last one."""
+        field = self.plain(dim)
+        axes = field.axes_of(dim)
+        if not axes:
+            return field.with_dim(dim, count).insert(len(self.dims), size)
+        (factor,), (axis,) = field.dims[dim], axes
+        dims = list(field.dims)
+        dims[dim] = (Factor(count, axis, factor.step * step),)
+        return _field([*dims, (Factor(size, axis, factor.step * dilation),)], field.seen)
+
+    def strided(self, first: Sequence[int], picks: Sequence[tuple[int | None, int, int]]) -> Field:
+        """The field of a view that starts at element `first`.
+
+        Each of its dimensions is picked as `(source, extent, step)`: every step-th element of the source
+        dimension, or the same element throughout where that is None.
+        """
+        field = self
+        for dim in range(len(self.dims)):
+            field = field.plain(dim)
+        for dim, index in enumerate(first):
+            for factor in field.dims[dim]:
+                if factor.axis is not None:
+                    field = field._moved(factor.axis, [index * factor.step])
+        dims: list[Dim] = []
+        for source, extent, step in picks:
+            axis_factors = [] if source is None else [f for f in field.dims[source] if f.axis is not None]
+            dims.append(
+                tuple(f._replace(extent=extent, step=f.step * step) for f in axis_factors)
+                or (Factor(extent),)
+            )
+        return _field(dims, field.seen)
+
+    def resample(
+        self, dim: int, taps: Callable[[int], Iterable[int]], count: int, period: int = 1, shift: int = 1
+    ) -> Field:
+        """The field of a tensor whose j-th element along `dim` is made of the elements `taps(j)`.
+
+        `taps(j + period)` must be `taps(j) + shift`; taps outside the tensor see what would be there.
+        """
+        field = self
+        for other, axis in itertools.product(range(len(self.dims)), self.axes_of(dim)):
+            if other != dim and axis in self.axes_of(other):
+                field = field.mixed(other)
+        field = field.plain(dim)
+        axes = field.axes_of(dim)
+        if not axes:
+            return field.with_dim(dim, count)
+        (axis,) = axes
+        seen, dims = list(field.seen), list(field.dims)
+        boxes = field.seen[axis]
+        assert isinstance(boxes, Boxes)
+        seen[axis] = boxes.pull(taps, period, shift).short(count)
+        dims[dim] = (Factor(count, axis, 1),)
+        return _field(dims, seen)
+
+    def mixed(self, dim: int) -> Field:
+        """The field if each element along `dim` saw what all see; unbounded where an axis lies only there."""
+        field = self
+        for axis in self.axes_of(dim):
+            own = [f for f in self.dims[dim] if f.axis == axis]
+            steps = itertools.product(*(range(0, f.extent * f.step, f.step) for f in own))
+            if self.places(axis) != {dim}:
+                field = field._moved(axis, [sum(offset) for offset in steps])
+        dims = list(field.dims)
+        dims[dim] = (Factor(self.shape[dim]),)
+        return _field(dims, field.seen)
+
+    def reduce(self, dims: Iterable[int], keepdim: bool = False) -> Field:
+        """The field of a reduction over `dims`."""
+        field = self
+        for dim in sorted(dims, reverse=True):
+            field = field.mixed(dim).with_dim(dim, 1)
+            if not keepdim:
+                field = _field([*field.dims[:dim], *field.dims[dim + 1 :]], field.seen)
+        return field
+
+    def plain(self, dim: int) -> Field:
+        """The field with at most one factor along `dim`; unbounded where that cannot be."""
+        factors = self.dims[dim]
+        axes = self.axes_of(dim)
+        if len(factors) <= 1 or not axes:
+            return self
+        axis, outer = factors[0].axis, factors[0]
+        if axis is None or axes != {axis} or self.places(axis) != {dim}:
+            return self.mixed(dim)
+        inner = math.prod(f.extent for f in factors[1:])
+
+        def taps(j: int) -> Iterable[int]:
+            index, rest = divmod(j, inner)
+            position = index * outer.step
+            for factor in reversed(factors[1:]):
+                rest, digit = divmod(rest, factor.extent)
+                position += digit * factor.step
+            return (position,)
+
+        seen, dims = list(self.seen), list(self.dims)
+        boxes = self.seen[axis]
+        assert isinstance(boxes, Boxes)
+        seen[axis] = boxes.pull(taps, inner, outer.step).short(self.shape[dim])
+        dims[dim] = (Factor(self.shape[dim], axis, 1),)
+        return _field(dims, seen)
+
+    def union(self, other: Field) -> Field:
+        """The field of an element made of one of this tensor and one of another of the same shape."""
+        if self == other or other.is_constant:
+            return self
+        if self.is_constant:
+            return other
+        a, b = self.join(other.seen), other.join(self.seen)
+        for dim in range(len(a.dims)):
+            if a.axes_of(dim) and b.axes_of(dim) and a.dims[dim] != b.dims[dim]:
+                a, b = a.plain(dim), b.plain(dim)
+        for axis, (mine, theirs) in enumerate(zip(a.seen, b.seen, strict=True)):
+            if isinstance(mine, Boxes) and isinstance(theirs, Boxes):
+                for dim in range(len(a.dims)):
+                    if (axis in a.axes_of(dim)) != (axis in b.axes_of(dim)):
+                        a, b = a.mixed(dim), b.mixed(dim)
+        for dim in range(len(a.dims)):
+            if a.axes_of(dim) and b.axes_of(dim) and a.dims[dim] != b.dims[dim]:
+                lost = a.axes_of(dim) | b.axes_of(dim)
+                a, b = a.unbounded(lost), b.unbounded(lost)
+        a, b = a.join(b.seen), b.join(a.seen)
+        dims = [x if a.axes_of(dim) else y for dim, (x, y) in enumerate(zip(a.dims, b.dims, strict=True))]
+        seen: list[Seen] = []
+        for axis, (mine, theirs) in enumerate(zip(a.seen, b.seen, strict=True)):
+            if isinstance(mine, Boxes) and isinstance(theirs, Boxes):
+                count = 1 + sum((f.extent - 1) * abs(f.step) for dim in dims for f in dim if f.axis == axis)
+                seen.append(mine.union(theirs, count).short(count))
+            else:
+                seen.append(theirs if mine is None else mine)
+        return _field(dims, seen)
+
+    def _moved(self, axis: int, offsets: Sequence[int]) -> Field:
+        """The field where box i of an axis is the hull of the boxes `i + offset`."""
+        seen = list(self.seen)
+        boxes = self.seen[axis]
+        assert isinstance(boxes, Boxes)
+        seen[axis] = boxes.pull(lambda i: [i + offset for offset in offsets])
+        return replace(self, seen=tuple(seen))
+
+
+def concatenate(fields: Sequence[Field], dim: int) -> Field:
+    """The field of tensors joined along a dimension: every element sees what the parts would see there."""
+    total = sum(field.shape[dim] for field in fields)
+    first, parts = 0, []
+    for field in fields:
+        parts.append(field.slice(dim, -first, 1, total))
+        first += field.shape[dim]
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined.union(part)
+    return joined
+
+
+def _field(dims: Iterable[Dim], seen: Sequence[Seen]) -> Field:
+    """A field in normal form: as few factors as possible, step one along an axis with a single factor."""
+    seen = list(seen)
+    rows = [
+        _merged(Factor(f.extent) if f.axis is None or not isinstance(seen[f.axis], Boxes) else f for f in dim)
+        for dim in dims
+    ]
+    for axis, boxes in enumerate(seen):
+        if isinstance(boxes, Boxes):
+            places = [
+                (d, k) for d, row in enumerate(rows) for k, factor in enumerate(row) if factor.axis == axis
+            ]
+            if not places:
+                seen[axis] = Unbounded()
+            elif len(places) == 1:
+                ((d, k),) = places
+                step = rows[d][k].step
+                seen[axis] = boxes.every(step)
+                rows[d][k] = rows[d][k]._replace(step=1)
+    return Field(tuple(tuple(row) for row in rows), tuple(seen))
+
+
+def _merged(factors: Iterable[Factor], keep_ones: bool = False) -> list[Factor]:
+    """Factors with neighbours joined where they count on from each other."""
+    merged: list[Factor] = []
+    for factor in factors:
+        if factor.extent == 1 and factor.axis is None and not keep_ones:
+            continue
+        last = merged[-1] if merged else None
+        if (
+            last
+            and last.axis == factor.axis
+            and last.step == factor.step * factor.extent
+            and 1 not in (last.extent, factor.extent)
+        ):
+            merged[-1] = factor._replace(extent=last.extent * factor.extent)
+        else:
+            merged.append(factor)
+    return merged
+
+
+def _regroup(factors: list[Factor], shape: Sequence[int]) -> list[Dim] | None:
+    """Row-major factors dealt out to the dimensions of a new shape, cut where needed; None if impossible."""
+    if math.prod(f.extent for f in factors) != math.prod(shape) or 0 in shape:
+        return None
+    queue = factors[::-1]
+    dims: list[Dim] = []
+    for extent in shape:
+        taken: list[Factor] = []
+        rest = extent
+        if extent == 1 and queue and queue[-1].extent == 1:
+            taken.append(queue.pop())
+        while rest > 1:
+            factor = queue.pop()
+            if rest % factor.extent == 0:
+                taken.append(factor)
+                rest //= factor.extent
+            elif factor.extent % rest == 0:
+                inner = factor.extent // rest
+                taken.append(factor._replace(extent=rest, step=factor.step * inner))
+                queue.append(factor._replace(extent=inner))
+                rest = 1
+            else:
+                return None
+        dims.append(tuple(taken))
+    if dims:
+        dims[-1] += tuple(reversed(queue))
+    return dims
+
+
+def _extent(dim: Dim) -> int:
+    return math.prod(factor.extent for factor in dim)
