@@ -1,0 +1,319 @@
+// Counting labels, compiled once for every capability (see capability.h; included by foreground_ratio.cpp).
+//
+// `sweep` goes through the planes of a block once and adds every label to the counter of its row and column.
+// Where boxes begin or end it sums the counters over their rectangles: one by one, or by the counters'
+// integral image where there are many. `count_box` reads the labels of one box, which is less work where
+// boxes are few or small.
+
+namespace CSF_CAPABILITY {
+
+constexpr int64_t kLanes = CSF_VECTOR_BYTES / sizeof(uint64_t);
+typedef uint64_t Words __attribute__((vector_size(CSF_VECTOR_BYTES)));
+typedef uint64_t UnalignedWords __attribute__((vector_size(CSF_VECTOR_BYTES), aligned(8), may_alias));
+typedef int64_t Integers __attribute__((vector_size(CSF_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(CSF_VECTOR_BYTES)));
+typedef uint16_t FourHalves __attribute__((vector_size(8)));
+typedef uint32_t FourCounts __attribute__((vector_size(16)));
+
+template <class T>
+constexpr bool kFloating = T(1) / 2 != 0;
+constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: behind it, a double has no bits for a fraction
+
+static inline Words load(const uint64_t* address) {
+  return *reinterpret_cast<const UnalignedWords*>(address);
+}
+
+// As many values as a vector has lanes, converted to `Vector`.
+template <class Vector, class T>
+static inline Vector load_as(const T* address) {
+  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(address), Vector);
+}
+
+static inline Words first_lanes(int64_t count) {
+  Words mask{};
+  for (int64_t lane = 0; lane < kLanes; ++lane) mask[lane] = lane < count ? -1 : 0;
+  return mask;
+}
+
+static inline uint64_t sum_lanes(Words words) {
+  uint64_t sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += words[lane];
+  return sum;
+}
+
+// Calls use(x, labels[x ...], lanes) for all labels, a vector at a time; `lanes` masks those that there are.
+template <class Vector, class T, class Use>
+static inline void for_each_label_vector(const T* labels, int64_t count, Use&& use) {
+  int64_t x = 0;
+  for (; x + kLanes <= count; x += kLanes) use(x, load_as<Vector>(labels + x), ~Words{});
+  if (x == count) return;
+  T rest[kLanes] = {};
+  for (int64_t lane = 0; lane < count - x; ++lane) rest[lane] = labels[x + lane];
+  use(x, load_as<Vector>(rest), first_lanes(count - x));
+}
+
+static inline void add(uint64_t* counters, Words words) {
+  *reinterpret_cast<UnalignedWords*>(counters) = load(counters) + words;
+}
+
+template <bool IGNORED, class T>
+static void count_classes(const ClassLayer<T>& layer, const T* labels, int64_t columns, uint64_t* counters) {
+  const int64_t first = layer.first_class, ignore_index = layer.ignore_index;
+  const int64_t classes = layer.num_classes - first;
+  const uint64_t limit = classes < 0 ? 0 : classes < 4 ? classes : 4;
+  const uint64_t ignored_word = 0 <= classes && classes < 4 ? uint64_t(1) << (16 * classes) : 0;
+  for_each_label_vector<Integers>(labels, columns, [&](int64_t x, Integers label, Words lanes) {
+    const Words slot = reinterpret_cast<Words>(label - first);
+    Words word = (slot < limit ? Words{} + 1 : Words{}) << (slot * 16 & 63);
+    if (IGNORED) word = label == ignore_index ? Words{} + ignored_word : word;
+    add(counters + x, word & lanes);
+  });
+}
+
+template <bool IGNORED, class T>
+static void add_channel(const T* labels, const uint8_t* ignored, double scale, int64_t columns,
+                        uint64_t* counters) {
+  const Words round_bits = reinterpret_cast<Words>(Doubles{} + kRound);
+  for_each_label_vector<Doubles>(labels, columns, [&](int64_t x, Doubles label, Words lanes) {
+    Words word = reinterpret_cast<Words>(label * scale + kRound) - round_bits;
+    if (IGNORED) word = load_as<Words>(ignored + x) == 0 ? word : Words{};
+    add(counters + x, word & lanes);
+  });
+}
+
+// A row of labels without gaps: in place, or gathered into `buffer`.
+template <class T>
+static inline const T* load_row(const Labels<T>& labels, const Row& row, void* buffer) {
+  const T* label = labels.at(row);
+  if (labels.stride[2] == 1) return label;
+  T* gathered = static_cast<T*>(buffer);
+  for (int64_t i = 0; i < row.columns; ++i) gathered[i] = label[i * labels.stride[2]];
+  return gathered;
+}
+
+// Labels of a floating dtype as integers: -1 where they are no class, num_classes where they are ignored.
+template <class T>
+static const int32_t* load_integers(const ClassLayer<T>& layer, const Row& row, void* buffer) {
+  const T* labels = layer.labels.at(row);
+  const int64_t stride = layer.labels.stride[2];
+  const T num_classes = layer.num_classes, ignore_index = layer.ignore_index;
+  const int32_t ignored = layer.num_classes;
+  int32_t* integers = static_cast<int32_t*>(buffer);
+  for (int64_t i = 0; i < row.columns; ++i) {
+    const T label = labels[i * stride];
+    const T in_range = label >= 0 && label < num_classes ? label : T(-1);
+    const int32_t integer = static_cast<int32_t>(in_range);
+    const int32_t index = static_cast<T>(integer) == label ? integer : -1;
+    integers[i] = layer.separates_ignored && label == ignore_index ? ignored : index;
+  }
+  return integers;
+}
+
+template <class T>
+static inline void add_row(const ClassLayer<T>& layer, const Row& row, void* buffer, uint64_t* counters) {
+  if constexpr (kFloating<T>) {
+    const int64_t classes = layer.num_classes;
+    const Labels<int32_t> integers{load_integers(layer, row, buffer), {0, 0, 1}};
+    const ClassLayer<int32_t> rounded{integers, layer.first_class, classes, layer.separates_ignored, classes};
+    add_row(rounded, {0, 0, 0, row.columns}, nullptr, counters);
+  } else {
+    const auto count = layer.separates_ignored ? &count_classes<true, T> : &count_classes<false, T>;
+    count(layer, load_row(layer.labels, row, buffer), row.columns, counters);
+  }
+}
+
+template <class T>
+static inline void add_row(const ChannelLayer<T>& layer, const Row& row, void* buffer, uint64_t* counters) {
+  const T* labels = load_row(layer.labels, row, buffer);
+  if (layer.ignored.data == nullptr) {
+    add_channel<false>(labels, nullptr, layer.scale, row.columns, counters);
+  } else {
+    add_channel<true>(labels, layer.ignored.at(row), layer.scale, row.columns, counters);
+  }
+}
+
+// Calls use(words) for all counters of a rectangle, a vector at a time.
+template <class Use>
+static inline void for_each_counter_vector(const uint64_t* counters, int64_t columns,
+                                           const Rectangle& rectangle, Use&& use) {
+  const int64_t whole = rectangle.columns / kLanes * kLanes;
+  const Words rest = first_lanes(rectangle.columns - whole);
+  for (int64_t y = rectangle.row; y < rectangle.row + rectangle.rows; ++y) {
+    const uint64_t* row = counters + y * columns + rectangle.column;
+    for (int64_t x = 0; x < whole; x += kLanes) use(load(row + x));
+    if (whole < rectangle.columns) use(load(row + whole) & rest);
+  }
+}
+
+// What counters hold: four counts of 16 bits (their sums: four of 32 bits), or one sum.
+template <int64_t VALUES>
+struct Counter;
+
+template <>
+struct Counter<4> {
+  typedef FourCounts Sum;
+
+  static Sum expand(uint64_t counter) {
+    return __builtin_convertvector(reinterpret_cast<FourHalves>(counter), FourCounts);
+  }
+
+  static uint64_t value(Sum sum, int64_t index) { return sum[index]; }
+
+  // The sum over a rectangle of counters that have counted `lines` labels.
+  static Sum total(const uint64_t* counters, int64_t columns, const Rectangle& rectangle, int64_t lines) {
+    constexpr uint64_t even_halves = 0x0000ffff0000ffff;
+    const int64_t capacity = 65535 / (lines > 0 ? lines : 1);
+    int64_t room = capacity;
+    Words halves{}, even{}, odd{};
+    for_each_counter_vector(counters, columns, rectangle, [&](Words words) {
+      halves += words;
+      if (--room > 0) return;
+      even += halves & even_halves;
+      odd += halves >> 16 & even_halves;
+      halves = Words{};
+      room = capacity;
+    });
+    const uint64_t even_sum = sum_lanes(even + (halves & even_halves));
+    const uint64_t odd_sum = sum_lanes(odd + (halves >> 16 & even_halves));
+    return Sum{static_cast<uint32_t>(even_sum), static_cast<uint32_t>(odd_sum),
+               static_cast<uint32_t>(even_sum >> 32), static_cast<uint32_t>(odd_sum >> 32)};
+  }
+};
+
+template <>
+struct Counter<1> {
+  typedef uint64_t Sum;
+
+  static Sum expand(uint64_t counter) { return counter; }
+
+  static uint64_t value(Sum sum, int64_t) { return sum; }
+
+  static Sum total(const uint64_t* counters, int64_t columns, const Rectangle& rectangle, int64_t) {
+    Words sum{};
+    for_each_counter_vector(counters, columns, rectangle, [&](Words words) { sum += words; });
+    return sum_lanes(sum);
+  }
+};
+
+// integral[y][x] = the sum of counters[0:y][0:x].
+template <class Counter>
+static void integrate(const uint64_t* counters, int64_t rows, int64_t columns,
+                      typename Counter::Sum* integral) {
+  typedef typename Counter::Sum Sum;
+  for (int64_t x = 0; x <= columns; ++x) integral[x] = Sum{};
+  for (int64_t y = 0; y < rows; ++y) {
+    const Sum* above = integral + y * (columns + 1);
+    Sum* here = integral + (y + 1) * (columns + 1);
+    Sum row{};
+    here[0] = row;
+    for (int64_t x = 0; x < columns; ++x) {
+      row += Counter::expand(counters[y * columns + x]);
+      here[x + 1] = above[x + 1] + row;
+    }
+  }
+}
+
+template <class Sum>
+static inline Sum look_up(const Sum* integral, int64_t columns, const Rectangle& rectangle) {
+  const Sum* first = integral + rectangle.row * (columns + 1) + rectangle.column;
+  const Sum* last = first + rectangle.rows * (columns + 1);
+  return last[rectangle.columns] - last[0] - first[rectangle.columns] + first[0];
+}
+
+template <class Counter>
+static inline void add_to_box(const Sums& sums, int64_t box, bool positive, typename Counter::Sum sum,
+                              int64_t values) {
+  for (int64_t i = 0; i < values; ++i) {
+    const int64_t value = Counter::value(sum, i);
+    int64_t* target = sums.data + box * sums.stride + i;
+    if (sums.shared) {
+      __atomic_fetch_add(target, positive ? value : -value, __ATOMIC_RELAXED);
+    } else {
+      *target += positive ? value : -value;
+    }
+  }
+}
+
+// Adds the labels of a block to the boxes whose faces are given.
+template <class Layer>
+void sweep(const Layer& layer, const Block& block, const Faces& faces, const Workspace& memory,
+           const Sums& sums) {
+  typedef Counter<Layer::values> Counter;
+  typedef typename Counter::Sum Sum;
+  const int64_t rows = block.y_end - block.y_begin, columns = block.columns;
+  uint64_t* counters = memory.counters;
+  Sum* integral = static_cast<Sum*>(memory.integral);
+  const Face* last = faces.faces + faces.first[block.z_end - block.z_begin + 1];
+  for (int64_t i = 0; i < rows * columns; ++i) counters[i] = 0;
+  for (int64_t z = block.z_begin;; ++z) {
+    const Face* begin = faces.faces + faces.first[z - block.z_begin];
+    const Face* end = faces.faces + faces.first[z - block.z_begin + 1];
+    int64_t vectors = 0;
+    for (const Face* face = begin; face < end; ++face) {
+      vectors += 8 + face->rectangle.rows * (face->rectangle.columns / kLanes + 1);
+    }
+    const bool integrated = vectors > rows * columns * 2;
+    if (integrated) integrate<Counter>(counters, rows, columns, integral);
+    for (const Face* face = begin; face < end; ++face) {
+      const Sum sum = integrated ? look_up(integral, columns, face->rectangle)
+                                 : Counter::total(counters, columns, face->rectangle, z - block.z_begin);
+      add_to_box<Counter>(sums, face->box, face->ends, sum, Layer::values);
+    }
+    if (end == last) return;
+    for (int64_t y = block.y_begin; y < block.y_end; ++y) {
+      add_row(layer, {z, y, 0, columns}, memory.row, counters + (y - block.y_begin) * columns);
+    }
+  }
+}
+
+// Adds the labels of one box to its sums.
+template <class Layer>
+void count_box(const Layer& layer, const Box& box, int64_t index, const Workspace& memory, const Sums& sums) {
+  typedef Counter<Layer::values> Counter;
+  const int64_t columns = box.end[2] - box.begin[2];
+  if (box.pixels() == 0) return;
+  const int64_t most_lines = max_lines(columns);
+  uint64_t* counters = memory.counters;
+  int64_t lines = 0;
+  const auto flush = [&] {
+    const auto total = Counter::total(counters, columns, {0, 1, 0, columns}, lines);
+    if (lines > 0) add_to_box<Counter>(sums, index, true, total, Layer::values);
+    for (int64_t x = 0; x < columns; ++x) counters[x] = 0;
+    lines = 0;
+  };
+  flush();
+  for (int64_t z = box.begin[0]; z < box.end[0]; ++z) {
+    for (int64_t y = box.begin[1]; y < box.end[1]; ++y) {
+      add_row(layer, {z, y, box.begin[2], columns}, memory.row, counters);
+      if (++lines == most_lines) flush();
+    }
+  }
+  flush();
+}
+
+// Whether all labels are in [0, highest], and integers if `integral`; or are equal to ignore_index.
+template <class T>
+bool in_range(const T* labels, int64_t count, int64_t highest, bool integral, int64_t ignore_index) {
+  Words wrong{};
+  if constexpr (kFloating<T>) {
+    const double top = highest, ignored = ignore_index;
+    const double round = integral ? kRound : 0;
+    for_each_label_vector<Doubles>(labels, count, [&](int64_t, Doubles label, Words lanes) {
+      const auto right =
+          ((label >= 0) & (label <= top) & ((label + round) - round == label)) | (label == ignored);
+      wrong |= ~reinterpret_cast<Words>(right) & lanes;
+    });
+  } else {
+    const uint64_t top = highest;
+    for_each_label_vector<Integers>(labels, count, [&](int64_t, Integers label, Words lanes) {
+      const auto right = (reinterpret_cast<Words>(label) <= top) | (label == ignore_index);
+      wrong |= ~reinterpret_cast<Words>(right) & lanes;
+    });
+  }
+  uint64_t any = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) any |= wrong[lane];
+  return any == 0;
+}
+
+}  // namespace CSF_CAPABILITY
