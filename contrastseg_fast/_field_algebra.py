@@ -135,9 +135,9 @@ Dim = tuple[Factor, ...]  # outermost factor first; () is one
 class Field:
     """What the elements of a tensor see of an image.
 
-    Along each axis of the image an element sees one box of `seen[axis]`: number `sum_k index_k step_k`, over the
-    factors of the tensor's dimensions that belong to the axis. Elements that differ in other factors only, such
-    as channels, see the same. `seen[axis]` is None if the tensor sees nothing of the image.
+    Along each axis of the image an element sees one box of `seen[axis]`: number `sum_k index_k step_k`, over
+    the factors of the tensor's dimensions that belong to the axis. Elements that differ in other factors,
+    such as channels, see the same. `seen[axis]` is None if the tensor sees nothing of the image.
     """
 
     dims: tuple[Dim, ...]

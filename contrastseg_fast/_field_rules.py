@@ -27,11 +27,13 @@ MOVES: dict[str, Callable[..., list[Move]]] = {}
 RULES: dict[str, Callable[..., Field]] = {}
 
 # Elementwise operators that torch does not tag as such.
-_ELEMENTWISE = frozenset(
-    """_prelu_kernel _to_copy bernoulli cauchy complex copy exponential fill floor_divide geometric hardswish
-    lift_fresh log_normal log_sigmoid_forward mish native_dropout normal polar random rrelu_with_noise rsub
-    uniform where zero""".split()
-)
+# fmt: off
+_ELEMENTWISE = frozenset([
+    "_prelu_kernel", "_to_copy", "bernoulli", "cauchy", "complex", "copy", "exponential", "fill",
+    "floor_divide", "geometric", "hardswish", "lift_fresh", "log_normal", "log_sigmoid_forward", "mish",
+    "native_dropout", "normal", "polar", "random", "rrelu_with_noise", "rsub", "uniform", "where", "zero",
+])
+# fmt: on
 
 
 def is_elementwise(func: torch._ops.OpOverload) -> bool:
@@ -220,7 +222,7 @@ def _as_strided(
         elif divides:
             picks.append((divides[0], extent, step // strides[divides[0]]))
             last[divides[0]] += (extent - 1) * picks[-1][2]
-    inside = all(0 <= a and b < n for a, b, n in zip(first, last, source.shape, strict=True))
+    inside = all(a >= 0 and b < n for a, b, n in zip(first, last, source.shape, strict=True))
     if offset or not inside or len(picks) < len(size):
         return [lambda field: field.lost(size)]
     return [lambda field: field.strided(first, picks)]
@@ -477,6 +479,14 @@ def _normalisation(name: str, get: Lookup, result: Tensor, *, input: Tensor, **a
         if isinstance(other, Tensor):
             field = field.join(get(other).unbounded().seen)
     return field
+
+
+@_rule("contrastseg_fast.entropy_gate_forward")
+def _entropy_gate(name: str, get: Lookup, result: Tensor, *, features: Tensor, logits: Tensor) -> Field:
+    """Takes a softmax over channels; elementwise in space."""
+    shape = (result.shape[0], 1, *result.shape[2:])
+    parts = [get(part).reduce([1], keepdim=True) for part in (features, logits)]
+    return elementwise(parts, shape, len(parts[0].seen)).expand(result.shape)
 
 
 def _window(field: Field, dim: int, count: int, k: int, s: int, p: int, d: int) -> Field:

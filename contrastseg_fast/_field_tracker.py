@@ -67,7 +67,9 @@ class FieldTracker(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
         if func.namespace == "prim":  # questions such as which device a tensor is on
             return func(*args, **kwargs)
-        name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
+        name = func.overloadpacket.__name__
+        if func.namespace != "aten":
+            name = f"{func.namespace}.{name}"
         elementwise = rules.is_elementwise(func)
         if not (elementwise or name in rules.MOVES or name in rules.RULES or rules.makes_constant(name)):
             with self:
@@ -102,7 +104,7 @@ class FieldTracker(TorchDispatchMode):
             if rules.makes_constant(name) or all(seen.is_constant for seen in known.values()):
                 made = Field.constant(tensor.shape, self._axes)
             elif name in rules.RULES:
-                made = rules.RULES[name](name, get, outputs[0], **bound)
+                made = rules.RULES[name](name, get, tensor, **bound)
             else:
                 made = self._combined(known.values(), tensor.shape, elementwise)
             if made.shape != tensor.shape:
@@ -155,9 +157,7 @@ class CircularPaddingAsZeros(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.pad and "circular" in (*args[2:3], kwargs.get("mode")):
-            return F.pad(
-                *args[:2], **{key: value for key, value in kwargs.items() if key in ("input", "pad")}
-            )
+            args, kwargs = args[:2], {**kwargs, "mode": "constant"}
         return func(*args, **kwargs)
 
 

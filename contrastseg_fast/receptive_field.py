@@ -384,7 +384,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put back attributes, containers in them, hooks and random generators; run compiled parts uncompiled."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     containers = {id(c): (c, copy.copy(c)) for _, values in attributes for c in _containers(values, set())}
-    python_random, numpy_random = random.getstate(), np.random.get_state()
+    python_random, numpy_random = random.getstate(), np.random.get_state()  # noqa: NPY002
     dynamo = sys.modules.get("torch._dynamo")
     with torch.random.fork_rng(devices=[]), dynamo.set_stance("force_eager") if dynamo else nullcontext():
         try:
@@ -398,7 +398,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 module.__dict__.clear()
                 module.__dict__.update(values)
             random.setstate(python_random)
-            np.random.set_state(numpy_random)
+            np.random.set_state(numpy_random)  # noqa: NPY002
 
 
 def _containers(value: Any, visited: set[int]) -> Iterator[Any]:

@@ -1,0 +1,317 @@
+"""PDCR and UAFS for any model, by the names of its layers and without changing its code."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from contrastseg_fast import _checks
+from contrastseg_fast.modules import UAFS, LayerSamples, PDCRLoss, finest
+from contrastseg_fast.receptive_field import LayerRun, ReceptiveField, trace_layers, unknown_layer
+
+_AUTO_STRIDES = (2, 4, 8)
+_LEAST_AUTO_SIZE = 5  # pixels
+_GATES = "uafs"  # the attribute that holds the gates
+
+
+def attach_pdcr(
+    model: nn.Module,
+    layers: str | Sequence[str],
+    num_classes: int,
+    *,
+    example_input: Tensor | None = None,
+    receptive_fields: Mapping[str, ReceptiveField] | None = None,
+    **options: Any,
+) -> AttachedPDCR:
+    """Collect the features of a model's layers as it trains, and return the regularizer on them.
+
+        pdcr = attach_pdcr(model, ["encoder.1", "encoder.2"], num_classes=3, example_input=x)
+        loss = criterion(model(x), y) + 0.01 * pdcr(y)
+
+    Vectors are sampled while the model runs, right after each layer, so operations in place behind it do no
+    harm and no feature map is kept alive. The model's code, outputs and state dict stay as they are.
+
+    Args:
+        model: a module, called as a whole in training. Wrap it (in DistributedDataParallel) afterwards.
+        layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
+            output (or its first tensor) is a feature map `(B, C, *spatial)`; or `"auto"`: for each of the
+            strides 2, 4 and 8 the last encoder layer whose receptive field has at least 5 pixels and at most
+            half of the image.
+        num_classes: number of classes, as for `PDCRLoss`.
+        example_input: an input `(B, C, *spatial)` as in training; only its shape, dtype and device count.
+        receptive_fields: fields by layer to use instead of finding them, where the field found is infinite or
+            none can be found.
+        options: everything else that `PDCRLoss` takes: `num_samples`, `temperature`, `patch_size`, ...
+
+    Returns:
+        the regularizer. Of the outputs of a layer that runs several times in a pass the last counts.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, there is no such layer, or the receptive field of one
+            is infinite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> x, y = torch.randn(2, 1, 32, 32), torch.randint(2, (2, 32, 32))
+        >>> pdcr = attach_pdcr(model, ["0"], num_classes=2, example_input=x)
+        >>> loss = model(x).mean() + 0.01 * pdcr(y)
+        >>> loss.backward()
+    """
+    fields = dict(receptive_fields or {})
+    if layers == "auto":
+        fields |= {run.name: run.receptive_field for run in _auto_layers(model, _required(example_input))}
+        names = list(fields)
+    else:
+        names = _find_layers(model, layers)
+        if unknown := set(fields) - set(names):
+            _checks.fail("receptive_fields", f"some of the layers {names}", sorted(unknown))
+        if missing := [name for name in names if name not in fields]:
+            runs = _trace(model, _required(example_input), missing)
+            fields |= {name: run.receptive_field for name, run in runs.items()}
+    return AttachedPDCR(model, PDCRLoss({name: fields[name] for name in names}, num_classes, **options))
+
+
+class AttachedPDCR:
+    """The PDCR regularizer of a model, made by `attach_pdcr`; takes the labels of the last forward pass.
+
+    Of several passes the last counts, and it counts once. In eval mode and under `torch.no_grad()` nothing
+    is collected and the regularizer is 0. Non-reentrant checkpointing is fine; a layer inside a reentrant
+    checkpoint runs without gradients and cannot be used. A copied or pickled model takes its regularizer
+    along, without what it has collected.
+
+    Attributes:
+        loss: the `PDCRLoss`, with the layers' `receptive_fields`.
+    """
+
+    def __init__(self, model: nn.Module, loss: PDCRLoss) -> None:
+        self.loss = loss
+        self._model = model
+        self._samples: dict[str, LayerSamples] = {}
+        self._paused = 0
+        self._layers = [str(name) for name in loss.receptive_fields]
+        self._handles = [model.register_forward_pre_hook(self._begin_pass)]
+        for name in self._layers:
+            hook = partial(self._collect, name)
+            self._handles.append(model.get_submodule(name).register_forward_hook(hook))
+
+    def __call__(self, labels: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The regularization of the last forward pass.
+
+        Args:
+            labels, mask: as for `PDCRLoss`.
+
+        Returns:
+            the loss; in eval mode or without gradients a 0 connected to nothing.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit.
+            RuntimeError: in training mode, nothing was collected since the last call.
+        """
+        if not (self._model.training and torch.is_grad_enabled()):
+            return torch.zeros((), device=finest(labels).device)
+        missing = [name for name in self._layers if name not in self._samples]
+        if missing:
+            raise RuntimeError(
+                "pdcr: expected a forward pass of the model in training mode before each call, got none "
+                f"with gradients through the layers {missing}; passes that are paused, in eval mode or under "
+                "no_grad do not count, nor do layers inside a reentrant checkpoint (use use_reentrant=False)"
+            )
+        loss = self.loss.loss([self._samples[name] for name in self._layers], labels, mask)
+        self._samples.clear()
+        return loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Pass over the forward passes inside: `with pdcr.paused(): teacher = model(x)`."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def remove(self) -> None:
+        """Take the regularizer off its model."""
+        for handle in self._handles:
+            handle.remove()
+        self._samples.clear()
+
+    def _begin_pass(self, module: nn.Module, inputs: object) -> None:
+        if not (self._paused or _is_rehearsal(inputs)):
+            self._samples.clear()
+
+    def _collect(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
+        training = self._model.training and torch.is_grad_enabled()
+        if self._paused or not training or _is_rehearsal(output):
+            return
+        # What a checkpoint would save here it would miss when it recomputes the layer, without sampling.
+        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            self._samples[name] = self.loss.sample(_first_tensor(name, output), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_samples": {}}
+
+    def __repr__(self) -> str:
+        return f"AttachedPDCR({self.loss!r})"
+
+
+def insert_uafs(
+    model: nn.Module,
+    layers: str | Sequence[str],
+    num_classes: int,
+    *,
+    example_input: Tensor,
+    **options: Any,
+) -> nn.Module:
+    """Put an uncertainty-aware gate behind layers of a model (Eqs. 8 to 10), in place.
+
+    The gates become the submodule `model.uafs`, so they train, move and save with the model; every other key
+    of the state dict stays as it was, and weights saved before load with `strict=False`. Make the optimizer
+    afterwards, and attach PDCR afterwards too: it then sees gated features, with the gates' receptive fields.
+
+    Args:
+        model: a module.
+        layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
+            output (or its first tensor, which alone is gated) is a feature map `(B, C, *spatial)`.
+        num_classes: classes that the gates predict, at least 2.
+        example_input: an input `(B, C, *spatial)` of the model; only its shape, dtype and device count.
+        options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
+
+    Returns:
+        the model.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, there is no such layer, or it has a gate already.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> model = insert_uafs(model, ["1"], num_classes=2, example_input=torch.zeros(1, 1, 16, 16))
+        >>> model.uafs["1"].in_channels
+        8
+    """
+    names = _find_layers(model, layers)
+    gates = getattr(model, _GATES, None)
+    if gates is not None and not isinstance(gates, _Gates):
+        _checks.fail(
+            "model", f"no attribute {_GATES!r}, the name of the gates' submodule", type(gates).__name__
+        )
+    made: dict[str, UAFS] = {}
+    for name, run in _trace(model, _required(example_input), names).items():
+        if name == "" or (gates is not None and _key(name) in gates):
+            _checks.fail("layers", "layers inside the model that have no gate yet", repr(name))
+        _ = run.receptive_field  # raises unless the output is a feature map
+        gate = UAFS(len(run.shape) - 2, run.shape[1], num_classes, **options)
+        made[name] = gate.to(run.device, run.dtype).train(model.training)
+    if gates is None:
+        gates = _Gates()
+        model.add_module(_GATES, gates)
+    for name, gate in made.items():
+        gates[_key(name)] = gate
+        model.get_submodule(name).register_forward_hook(_GateHook(gate))
+    return model
+
+
+class _Gates(nn.ModuleDict):
+    """The gates by layer; as a step of an `nn.Sequential` they pass on what they get."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class _GateHook:
+    """Replaces a layer's output by the gated one; a class, to be copied and pickled with its gate."""
+
+    def __init__(self, gate: UAFS) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, inputs: object, output: Any) -> Any:
+        leaves, structure = tree_flatten(output)
+        position = next(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        leaves[position] = self.gate(leaves[position])
+        return tree_unflatten(leaves, structure)
+
+
+def _key(name: str) -> str:
+    """A layer's name as the name of a submodule, which may not have dots."""
+    return name.replace(".", "/")
+
+
+def _required(example_input: Tensor | None) -> Tensor:
+    if not isinstance(example_input, Tensor):
+        _checks.fail_type("example_input", "a tensor (B, C, *spatial)", type(example_input).__name__)
+    if example_input.ndim not in (4, 5):
+        _checks.fail("example_input", "a tensor (B, C, *spatial)", f"shape {tuple(example_input.shape)}")
+    return example_input
+
+
+def _trace(model: nn.Module, example: Tensor, names: Sequence[str] | None) -> dict[str, LayerRun]:
+    return trace_layers(model, example.shape, names, dtype=example.dtype, device=example.device)
+
+
+def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
+    """The layers that names and patterns stand for, in the order given, each once."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, str] = {}
+    for wanted in [layers] if isinstance(layers, str) else layers:
+        if not isinstance(wanted, str):
+            _checks.fail_type("layers", "names of layers", type(wanted).__name__)
+        matches = [wanted] if wanted in known else fnmatch.filter(known, wanted)
+        if not matches:
+            raise ValueError(unknown_layer(wanted, known))
+        for name in matches:
+            found.setdefault(known[name], name)
+    if not found:
+        _checks.fail("layers", "at least one layer", layers)
+    return list(found.values())
+
+
+def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
+    """The last encoder layer of each stride whose field is neither tiny nor most of the image."""
+    chosen: dict[int, LayerRun] = {}
+    deepest: int | Fraction = 1
+    for run in _trace(model, example, None).values():
+        try:
+            field = run.receptive_field
+        except ValueError:
+            continue
+        stride = max(field.stride)
+        if stride < deepest and not field.is_infinite:
+            break  # the decoder begins
+        fits = all(size <= extent / 2 for size, extent in zip(field.size, example.shape[2:], strict=True))
+        deepest = max(deepest, stride)
+        if run.name and stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
+            chosen[int(stride)] = run
+    if not chosen:
+        _checks.fail(
+            "layers",
+            f"an encoder with layers of stride {_AUTO_STRIDES} whose receptive field has at least "
+            f"{_LEAST_AUTO_SIZE} pixels and at most half of the image",
+            "none for 'auto' to choose; name them",
+        )
+    return list(chosen.values())
+
+
+def _first_tensor(name: str, output: object) -> Tensor:
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            return leaf
+    _checks.fail_type("layers", f"layers that return tensors, {name!r} included", type(output).__name__)
+
+
+def _is_rehearsal(values: object) -> bool:
+    """Whether a model runs without data, or again in the backward pass, as checkpoints do."""
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(values))
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
