@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast import _backend, _checks
+from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
 from contrastseg_fast.ops import pdcr as _pdcr_op
 from contrastseg_fast.sampling import sample_grid
 
@@ -20,7 +21,6 @@ VARIANTS = ("paper", "released")
 REDUCTIONS = ("none", "mean", "sum")
 BORDERS = ("full", "clip", "background")
 
-_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # storage formats, almost without operators
 _PAIRS_AT_ONCE = 1 << 22  # of all images, in repelled_fraction
 _RATIO_TOLERANCE = 1e-4
 
@@ -214,14 +214,12 @@ def foreground_ratio(
     _checks.same_device("starts", starts, "labels", labels)
     if starts.ndim == 3 and starts.shape[0] != labels.shape[0]:
         _checks.fail("starts", f"a batch of {labels.shape[0]}, that of labels", starts.shape[0])
+    if labels.ndim == dims + 2 and not soft:
+        labels = labels[:, 0]
     if validate is None:
         validate = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not soft:
-        labels = _class_indices(labels[:, 0] if labels.ndim == dims + 2 else labels, num_classes, validate)
-    elif not labels.dtype.is_floating_point:
-        labels = labels.float()
     if validate:
-        _check_label_range(labels, num_classes, ignore_index)
+        _check_label_range(labels, soft, num_classes, ignore_index)
     _backend.check("foreground_ratio", backend, labels.device)
     match backend:
         case "reference":
@@ -231,8 +229,6 @@ def foreground_ratio(
                 labels, starts, size, num_classes, border=border, ignore_index=ignore_index
             )
         case _:
-            from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
-
             return _foreground_ratio_op.foreground_ratio(
                 labels, starts, list(size), num_classes, border, ignore_index
             )
@@ -427,43 +423,19 @@ def _check_labels(labels: Tensor, dims: int, num_classes: int) -> bool:
     return soft
 
 
-def _class_indices(labels: Tensor, num_classes: int, validate: bool) -> Tensor:
-    """The labels in an integer dtype that the operators know."""
-    if labels.dtype == torch.bool:
-        return labels.view(torch.uint8)
-    if labels.dtype in _WIDE_UNSIGNED:
-        return labels.long()
-    if not labels.dtype.is_floating_point:
-        return labels
-    indices = labels.int()
-    if validate and not torch.equal(indices.to(labels.dtype), labels):
-        wrong = labels[indices != labels]
-        _checks.fail("labels", f"integers from 0 to {num_classes - 1}", f"{wrong[0].item():g}")
-    return indices
-
-
-def _check_label_range(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    soft = labels.dtype.is_floating_point
+def _check_label_range(labels: Tensor, soft: bool, num_classes: int, ignore_index: int | None) -> None:
     highest = 1 if soft else num_classes - 1
-    if labels.numel() == 0 or _lies_within(labels, highest):
+    if _foreground_ratio_op.labels_in_range(labels, highest, not soft, ignore_index):
         return
-    if ignore_index is not None and (soft or _can_hold(labels.dtype, ignore_index)):
-        labels = labels.masked_fill(labels == ignore_index, 0)
-        if _lies_within(labels, highest):
-            return
-    wrong = labels[~((labels >= 0) & (labels <= highest))]
+    values = labels.double()
+    wrong = ~((values >= 0) & (values <= highest))
+    if not soft:
+        wrong |= values != values.round()
+    if ignore_index is not None:
+        wrong &= values != ignore_index
     expected = "values from 0 to 1" if soft else f"integers from 0 to {highest}"
     besides = "" if ignore_index is None else f", or ignore_index={ignore_index}"
-    _checks.fail("labels", expected + besides, f"{wrong[0].item():g}")
-
-
-def _lies_within(labels: Tensor, highest: int) -> bool:
-    least, most = labels.aminmax()
-    return bool(least >= 0) and bool(most <= highest)
-
-
-def _can_hold(dtype: torch.dtype, value: int) -> bool:
-    return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+    _checks.fail("labels", expected + besides, f"{values[wrong][0].item():g}")
 
 
 def _check_gate(features: Tensor, logits: Tensor) -> None:
