@@ -3,8 +3,8 @@
     ratio^m = (pixels of class m inside the box) / denominator
 
 labels are class indices `(B, *spatial)` of any dtype or soft labels `(B, M, *spatial)`, starts `(B, N, D)` or
-`(N, D)` integers. All sums are of integers, so that neither their order nor the kernel shows in the result;
-soft labels are rounded to multiples of a small power of two first (`_fraction_bits`). Ratios have no gradient.
+`(N, D)` integers. Ratios carry no gradient. All sums are of integers, so that neither their order nor the
+kernel shows in the result; soft labels are rounded to multiples of a small power of two (`_fraction_bits`).
 
 The default kernels below are plain PyTorch, from integral images; devices with kernels of their own replace
 them.

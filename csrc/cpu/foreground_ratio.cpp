@@ -32,7 +32,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockPixels = 1 << 17;  // of a plane: their counters stay in the cache
+constexpr int64_t kCounters = 1 << 17;     // of a block: they stay in the cache
+constexpr int64_t kLayersAtOnce = 4;       // a sweep reads the labels once for as many
 constexpr int64_t kTaskPixels = 1 << 14;   // a task is worth a thread
 constexpr int64_t kRowWork = 24;           // pixels that a sweep reads while `count_box` turns to another row
 
@@ -118,8 +119,8 @@ class Boxes {
 // Memory of one thread for blocks of at most `rows` times `columns` pixels.
 class ThreadMemory {
  public:
-  ThreadMemory(int64_t rows, int64_t columns)
-      : counters_(allocate(rows * columns + kReach)),
+  ThreadMemory(int64_t layers, int64_t rows, int64_t columns)
+      : counters_(allocate(layers * rows * columns + kReach)),
         integral_(allocate((rows + 1) * (columns + 1) * 2)),
         row_(allocate(columns)) {}
 
@@ -137,14 +138,17 @@ class ThreadMemory {
 
 // How images are cut into blocks.
 struct Cut {
-  int64_t rows, strips;   // along y, so that a block's counters stay in the cache
-  int64_t lines, chunks;  // along z, so that no counter overflows and all threads have work
+  int64_t layers, groups;  // `layers` at once, so that the labels are read seldom
+  int64_t rows, strips;    // along y, so that a block's counters stay in the cache
+  int64_t lines, chunks;   // along z, so that no counter overflows and all threads have work
 
-  Cut(const Boxes& boxes, int64_t layers) {
+  Cut(const Boxes& boxes, int64_t all_layers) {
     const auto& extent = boxes.axes().extent;
-    rows = std::clamp<int64_t>(kBlockPixels / extent[2], 1, extent[1]);
+    layers = std::min(all_layers, kLayersAtOnce);
+    groups = divide_up(all_layers, layers);
+    rows = std::clamp<int64_t>(kCounters / (layers * extent[2]), 1, extent[1]);
     strips = divide_up(extent[1], rows);
-    const int64_t wanted = divide_up(2 * torch::stable::get_num_threads(), boxes.images() * layers * strips);
+    const int64_t wanted = divide_up(2 * torch::stable::get_num_threads(), boxes.images() * groups * strips);
     lines = std::max(divide_up(extent[0], wanted), divide_up(kTaskPixels, rows * extent[2]));
     lines = std::min({lines, max_lines(std::min(rows, boxes.size(1)) * boxes.size(2)), extent[0]});
     chunks = divide_up(extent[0], lines);
@@ -197,7 +201,7 @@ struct AllSums {
   int64_t boxes, stride;
   double unit;      // of the classes' sums
   int64_t ignored;  // which of a box's sums counts its ignored pixels, -1 for none; it may be a class's
-  std::vector<int64_t> data;
+  std::vector<uint64_t> data;
 
   AllSums(const Boxes& boxes, int64_t stride, double unit, int64_t ignored)
       : boxes(boxes.count()),
@@ -209,7 +213,7 @@ struct AllSums {
   Sums of_image(int64_t image, int64_t first, bool shared) {
     return {data.data() + image * boxes * stride + first, stride, shared};
   }
-  const int64_t* of_box(int64_t index) const { return data.data() + index * stride; }
+  double sum(int64_t box, int64_t index) const { return static_cast<int64_t>(data[box * stride + index]); }
 };
 
 // Adds `layers` layers, make_layer(image, i), of all images to the sums that start at `first`.
@@ -225,7 +229,7 @@ void accumulate(const Boxes& boxes, int64_t layers, const MakeLayer& make_layer,
   if (box_work * boxes.count() < axes.pixels()) {
     const auto count = CSF_DISPATCH(count_box<Layer>);
     torch::stable::parallel_for(0, images * boxes.count(), 16, [&](int64_t begin, int64_t end) {
-      const ThreadMemory memory(1, boxes.size(2));
+      const ThreadMemory memory(1, 1, boxes.size(2));
       for (int64_t index = begin; index < end; ++index) {
         const int64_t image = index / boxes.count(), box = index % boxes.count();
         for (int64_t i = 0; i < layers; ++i) {
@@ -240,20 +244,25 @@ void accumulate(const Boxes& boxes, int64_t layers, const MakeLayer& make_layer,
   const Cut cut(boxes, layers);
   const auto run = CSF_DISPATCH(sweep<Layer>);
   const int64_t grain = divide_up(kTaskPixels, cut.lines * cut.rows * axes.extent[2]);
-  torch::stable::parallel_for(0, cut.blocks() * images * layers, grain, [&](int64_t begin, int64_t end) {
-    const ThreadMemory memory(cut.rows, axes.extent[2]);
+  torch::stable::parallel_for(0, cut.blocks() * images * cut.groups, grain, [&](int64_t begin, int64_t end) {
+    const ThreadMemory memory(cut.layers, cut.rows, axes.extent[2]);
     SortedFaces faces;
+    std::vector<Layer> group;
     int64_t sorted_block = -1, sorted_image = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task % layers, image = task / layers % images, index = task / layers / images;
+      const int64_t layer = task % cut.groups * cut.layers, image = task / cut.groups % images;
+      const int64_t index = task / cut.groups / images;
       const Block block = cut.block(index, axes);
       if (index != sorted_block || (image != sorted_image && !boxes.same_in_all_images())) {
         faces.sort(boxes, image, block);
         sorted_block = index;
         sorted_image = image;
       }
-      run(make_layer(image, i), block, faces.get(), memory.get(),
-          sums.of_image(image, first + i * Layer::values, cut.blocks() > 1));
+      group.clear();
+      const int64_t end_layer = std::min(layer + cut.layers, layers);
+      for (int64_t i = layer; i < end_layer; ++i) group.push_back(make_layer(image, i));
+      run(group.data(), group.size(), block, faces.get(), memory.get(),
+          sums.of_image(image, first + layer * Layer::values, cut.blocks() > 1));
     }
   });
 }
@@ -386,12 +395,11 @@ std::tuple<Tensor, Tensor> divide(const AllSums& sums, const Boxes& boxes, int64
   float* valid = valid_fraction.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, images * count, 512, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t* sum = sums.of_box(index);
       const double inside = boxes.inside(index / count, index % count).pixels();
-      const double ignored = sums.ignored < 0 ? 0 : sum[sums.ignored];
+      const double ignored = sums.ignored < 0 ? 0 : sums.sum(index, sums.ignored);
       const double denominator = (clip ? inside : boxes.area()) - ignored;
       for (int64_t m = 0; m < num_classes; ++m) {
-        double pixels = m == sums.ignored ? 0 : sum[m] * sums.unit;
+        double pixels = m == sums.ignored ? 0 : sums.sum(index, m) * sums.unit;
         if (m == 0 && background) pixels += boxes.area() - inside;
         ratio[index * num_classes + m] = denominator > 0 ? static_cast<float>(pixels / denominator) : 0;
       }

@@ -59,12 +59,12 @@ static inline void add(uint64_t* counters, Words words) {
 
 template <bool IGNORED, class T>
 static void count_classes(const ClassLayer<T>& layer, const T* labels, int64_t columns, uint64_t* counters) {
-  const int64_t first = layer.first_class, ignore_index = layer.ignore_index;
-  const int64_t classes = layer.num_classes - first;
+  const int64_t classes = layer.num_classes - layer.first_class, ignore_index = layer.ignore_index;
+  const uint64_t first = layer.first_class;
   const uint64_t limit = classes < 0 ? 0 : classes < 4 ? classes : 4;
   const uint64_t ignored_word = 0 <= classes && classes < 4 ? uint64_t(1) << (16 * classes) : 0;
   for_each_label_vector<Integers>(labels, columns, [&](int64_t x, Integers label, Words lanes) {
-    const Words slot = reinterpret_cast<Words>(label - first);
+    const Words slot = reinterpret_cast<Words>(label) - first;
     Words word = (slot < limit ? Words{} + 1 : Words{}) << (slot * 16 & 63);
     if (IGNORED) word = label == ignore_index ? Words{} + ignored_word : word;
     add(counters + x, word & lanes);
@@ -152,6 +152,7 @@ struct Counter;
 
 template <>
 struct Counter<4> {
+  static constexpr int64_t values = 4;
   typedef FourCounts Sum;
 
   static Sum expand(uint64_t counter) {
@@ -183,6 +184,7 @@ struct Counter<4> {
 
 template <>
 struct Counter<1> {
+  static constexpr int64_t values = 1;
   typedef uint64_t Sum;
 
   static Sum expand(uint64_t counter) { return counter; }
@@ -221,31 +223,32 @@ static inline Sum look_up(const Sum* integral, int64_t columns, const Rectangle&
   return last[rectangle.columns] - last[0] - first[rectangle.columns] + first[0];
 }
 
+// Adds or subtracts the values of one layer, from `first` on.
 template <class Counter>
-static inline void add_to_box(const Sums& sums, int64_t box, bool positive, typename Counter::Sum sum,
-                              int64_t values) {
-  for (int64_t i = 0; i < values; ++i) {
-    const int64_t value = Counter::value(sum, i);
-    int64_t* target = sums.data + box * sums.stride + i;
+static inline void add_to_box(const Sums& sums, int64_t box, int64_t first, bool positive,
+                              typename Counter::Sum sum) {
+  uint64_t* target = sums.data + box * sums.stride + first;
+  for (int64_t i = 0; i < Counter::values; ++i) {
+    const uint64_t value = positive ? Counter::value(sum, i) : -Counter::value(sum, i);
     if (sums.shared) {
-      __atomic_fetch_add(target, positive ? value : -value, __ATOMIC_RELAXED);
+      __atomic_fetch_add(target + i, value, __ATOMIC_RELAXED);
     } else {
-      *target += positive ? value : -value;
+      target[i] += value;
     }
   }
 }
 
-// Adds the labels of a block to the boxes whose faces are given.
+// Adds the labels of a block to the boxes whose faces are given, for several layers at once.
 template <class Layer>
-void sweep(const Layer& layer, const Block& block, const Faces& faces, const Workspace& memory,
-           const Sums& sums) {
+void sweep(const Layer* layers, int64_t count, const Block& block, const Faces& faces,
+           const Workspace& memory, const Sums& sums) {
   typedef Counter<Layer::values> Counter;
   typedef typename Counter::Sum Sum;
-  const int64_t rows = block.y_end - block.y_begin, columns = block.columns;
+  const int64_t rows = block.y_end - block.y_begin, columns = block.columns, pixels = rows * columns;
   uint64_t* counters = memory.counters;
   Sum* integral = static_cast<Sum*>(memory.integral);
   const Face* last = faces.faces + faces.first[block.z_end - block.z_begin + 1];
-  for (int64_t i = 0; i < rows * columns; ++i) counters[i] = 0;
+  for (int64_t i = 0; i < count * pixels; ++i) counters[i] = 0;
   for (int64_t z = block.z_begin;; ++z) {
     const Face* begin = faces.faces + faces.first[z - block.z_begin];
     const Face* end = faces.faces + faces.first[z - block.z_begin + 1];
@@ -253,16 +256,22 @@ void sweep(const Layer& layer, const Block& block, const Faces& faces, const Wor
     for (const Face* face = begin; face < end; ++face) {
       vectors += 8 + face->rectangle.rows * (face->rectangle.columns / kLanes + 1);
     }
-    const bool integrated = vectors > rows * columns * 2;
-    if (integrated) integrate<Counter>(counters, rows, columns, integral);
-    for (const Face* face = begin; face < end; ++face) {
-      const Sum sum = integrated ? look_up(integral, columns, face->rectangle)
-                                 : Counter::total(counters, columns, face->rectangle, z - block.z_begin);
-      add_to_box<Counter>(sums, face->box, face->ends, sum, Layer::values);
+    const bool integrated = vectors > 2 * pixels;
+    for (int64_t i = 0; i < count; ++i) {
+      if (integrated) integrate<Counter>(counters + i * pixels, rows, columns, integral);
+      for (const Face* face = begin; face < end; ++face) {
+        const Sum sum = integrated ? look_up(integral, columns, face->rectangle)
+                                   : Counter::total(counters + i * pixels, columns, face->rectangle,
+                                                    z - block.z_begin);
+        add_to_box<Counter>(sums, face->box, i * Layer::values, face->ends, sum);
+      }
     }
     if (end == last) return;
     for (int64_t y = block.y_begin; y < block.y_end; ++y) {
-      add_row(layer, {z, y, 0, columns}, memory.row, counters + (y - block.y_begin) * columns);
+      for (int64_t i = 0; i < count; ++i) {
+        uint64_t* row = counters + i * pixels + (y - block.y_begin) * columns;
+        add_row(layers[i], {z, y, 0, columns}, memory.row, row);
+      }
     }
   }
 }
@@ -278,7 +287,7 @@ void count_box(const Layer& layer, const Box& box, int64_t index, const Workspac
   int64_t lines = 0;
   const auto flush = [&] {
     const auto total = Counter::total(counters, columns, {0, 1, 0, columns}, lines);
-    if (lines > 0) add_to_box<Counter>(sums, index, true, total, Layer::values);
+    if (lines > 0) add_to_box<Counter>(sums, index, 0, true, total);
     for (int64_t x = 0; x < columns; ++x) counters[x] = 0;
     lines = 0;
   };

@@ -91,16 +91,16 @@ struct Box {
   }
 };
 
-// Memory of a thread, for a block of rows and columns (for a box: of one row).
+// Memory of a thread, for a block of rows and columns (for a box: of one row and one layer).
 struct Workspace {
-  uint64_t* counters;  // [rows][columns], and kReach more
+  uint64_t* counters;  // [layers][rows][columns], and kReach more
   void* integral;      // [rows + 1][columns + 1] entries of 16 bytes
   void* row;           // [columns] labels
 };
 
-// The sums of an image's boxes; those of box n begin at data[n * stride].
+// The sums of an image's boxes, modulo 2^64; those of box n begin at data[n * stride].
 struct Sums {
-  int64_t* data;
+  uint64_t* data;
   int64_t stride;
   bool shared;  // with other threads
 };
