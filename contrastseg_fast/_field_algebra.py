@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-_LONGEST_PATTERN = 1024
+_LONGEST_PATTERN = 2048
 
 Interval = tuple[int, int]  # pixels [low, high)
 
@@ -51,7 +51,7 @@ class Boxes:
         return self if step == 1 else self.pull(lambda j: (j * step,), 1, step)
 
     def union(self, other: Boxes, count: int) -> Boxes:
-        """The hulls of both's boxes; if their strides differ, a cover of those of the indices [0, count)."""
+        """The hulls of both's boxes; if strides differ, of a cover of them outside the indices [0, count)."""
         if not any(other.pattern):
             return self
         if not any(self.pattern):
@@ -64,7 +64,10 @@ class Boxes:
             self.cover(stride, count).union(other.cover(stride, count), count)
             for stride in (self.stride, other.stride)
         ]
-        return min(covers, key=lambda boxes: (boxes.grid(count)[0], boxes.stride.denominator))
+        cover = min(covers, key=lambda boxes: (boxes.grid(count)[0], boxes.stride.denominator))
+        length = 2 * count + -2 * count % cover.stride.denominator  # its second half serves below 0 too
+        pattern = [_hull((self[i], other[i])) if i < count else cover[i] for i in range(length)]
+        return _shortest(tuple(pattern), int(cover.stride * length))
 
     def cover(self, stride: Fraction, count: int) -> Boxes:
         """The smallest boxes of equal size, `stride` apart, that hold those of the indices [0, count)."""

@@ -57,21 +57,30 @@ def elementwise(fields: Iterable[Field], shape: Sequence[int], axes: int) -> Fie
     return joined
 
 
-def write_back(name: str, source: Tensor, args: dict[str, Any]) -> Move | None:
-    """For a view of `source`: how what is written to the view changes the field of `source`, if known."""
-    if name not in ("slice", "select"):
-        return None
+def write_back(
+    name: str, source: Tensor, results: Sequence[Tensor], args: dict[str, Any]
+) -> list[Move | None]:
+    """For views of `source`: how what is written to each of them changes the field of `source`, if known."""
+    if name not in ("slice", "select", "split", "split_with_sizes", "unbind"):
+        return [None] * len(results)
     dim = args["dim"] % source.ndim
     extent = source.shape[dim]
-    if name == "select":
-        return lambda field: field.insert(dim, extent)
-    step, start = args["step"], _first(args["start"], extent)
 
-    def spread(index: int) -> Iterable[int]:
-        turn, rest = divmod(index - start, step)
-        return () if rest else (turn,)
+    def part(start: int, step: int) -> Move:
+        def spread(index: int) -> Iterable[int]:
+            turn, rest = divmod(index - start, step)
+            return () if rest else (turn,)
 
-    return lambda field: field.resample(dim, spread, extent, step, 1)
+        return lambda field: field.resample(dim, spread, extent, step, 1)
+
+    match name:
+        case "select" | "unbind":
+            return [lambda field: field.insert(dim, extent)] * len(results)
+        case "slice":
+            return [part(_first(args["start"], extent), args["step"])]
+        case _:
+            counts = [result.shape[dim] for result in results]
+            return [part(sum(counts[:k]), 1) for k in range(len(counts))]
 
 
 def _move(*names: str) -> Callable[[Callable[..., list[Move]]], Callable[..., list[Move]]]:

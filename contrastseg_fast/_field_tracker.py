@@ -95,8 +95,8 @@ class FieldTracker(TorchDispatchMode):
         fresh = [tensor for tensor in outputs if not any(tensor is other for other in written)]
         if name in rules.MOVES and isinstance(source, Tensor):
             moves = rules.MOVES[name](source, outputs, **bound)
-            back = rules.write_back(name, source, bound)
-            for tensor, move in zip(fresh, moves, strict=True):
+            backs = rules.write_back(name, source, outputs, bound)
+            for tensor, move, back in zip(fresh, moves, backs, strict=True):
                 made = move(get(source)).explained(str(func))
                 self._register(tensor, _View(made, parent, move, back), _address(source))
             return result
