@@ -1,0 +1,54 @@
+"""Real label maps: axial slices of the bundled chest CT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import contrastseg_fast
+from contrastseg_fast.functional import sample_grid
+from contrastseg_fast.reference import foreground_ratio
+
+FIELD, STRIDE = 11, 4  # pixels: receptive field and stride of a second encoder stage
+_VOLUME = Path(contrastseg_fast.__file__).parent / "data" / "chest_ct.npz"
+
+
+def chest_volume(num_classes: int) -> Tensor:
+    """Labels `(1, 133, 128, 128)` int64; classes from `num_classes - 1` on become one."""
+    return _read("labels")[None].long().clamp(max=num_classes - 1)
+
+
+def chest_slices(batch: int, extent: int, num_classes: int) -> Tensor:
+    """Labels `(batch, extent, extent)` int64 of slices spread over the body, by nearest neighbour."""
+    return _spread(chest_volume(num_classes)[0], batch, extent)
+
+
+def chest_images(batch: int, extent: int) -> Tensor:
+    """The images of the same slices, `(batch, 1, extent, extent)` fp32 in [0, 1]."""
+    return _spread(_read("image"), batch, extent)[:, None].float() / 255
+
+
+def grid_starts(extent: int, count: int) -> Tensor:
+    """First pixels `(count, 2)` of the fields of a grid of features at `STRIDE`."""
+    return sample_grid((extent // STRIDE, extent // STRIDE), count) * STRIDE - FIELD // 2
+
+
+def mask_ratios(batch: int, count: int, num_classes: int, extent: int = 512) -> Tensor:
+    """Foreground ratios `(batch, count, num_classes)` of grid samples of such slices."""
+    labels, starts = chest_slices(batch, extent, num_classes), grid_starts(extent, count)
+    ratios, _ = foreground_ratio(labels, starts, (FIELD, FIELD), num_classes)
+    return ratios
+
+
+def _read(name: str) -> Tensor:
+    with np.load(_VOLUME) as file:
+        return torch.from_numpy(file[name])
+
+
+def _spread(volume: Tensor, batch: int, extent: int) -> Tensor:
+    slices = (2 * torch.arange(batch) + 1) * volume.shape[0] // (2 * batch)
+    pixels = torch.arange(extent) * volume.shape[1] // extent
+    return volume[slices][:, pixels][:, :, pixels]

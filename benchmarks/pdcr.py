@@ -1,0 +1,220 @@
+"""`pdcr_loss`, forward and backward (Eqs. 3, 6 and 7, mean over all pairs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.masks import mask_ratios
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable
+from contrastseg_fast import functional, reference
+from contrastseg_fast.ops import pdcr as op
+
+TEMPERATURE = 0.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TILES = (256, 512, 1024)
+CHECKED = 4096
+KEOPS_PAIRS = 2**20
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Vectors `(batch, count, channels)`; ratios of `classes` at random, or those of a real mask."""
+
+    count: int
+    channels: int = 256
+    ratios: str = "random"
+    classes: int = 2
+    dtype: str = "fp32"
+    batch: int = 1
+
+    def __str__(self) -> str:
+        batch = f"B={self.batch}," if self.batch > 1 else ""
+        return f"{self.ratios},{batch}N={self.count},C={self.channels},M={self.classes},{self.dtype}"
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one N x N matrix for each image, fp32."""
+        return 4 * self.batch * self.count**2
+
+
+def _inputs(size: Size, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(size.batch, size.count, size.channels, generator=generator)
+    if size.ratios == "mask":
+        ratios = mask_ratios(size.batch, size.count, size.classes)
+    else:
+        ratios = torch.rand(size.batch, size.count, size.classes, generator=generator)
+        ratios /= ratios.sum(-1, keepdim=True)
+    return vectors.to(device, DTYPES[size.dtype]), ratios.to(device)
+
+
+def _with_gradient(loss: Loss) -> Callable[[Size, Inputs], Run]:
+    def prepare(_size: Size, inputs: Inputs) -> Run:
+        vectors, ratios = inputs
+
+        def run() -> Result:
+            leaf = vectors.detach().requires_grad_()
+            value = loss(leaf, ratios)
+            return value.detach(), *torch.autograd.grad(value, leaf)
+
+        return run
+
+    return prepare
+
+
+def _reference(vectors: Tensor, ratios: Tensor) -> Tensor:
+    return reference.pdcr_loss(vectors, ratios, temperature=TEMPERATURE)
+
+
+def _compiled(size: Size, inputs: Inputs) -> Run:
+    return _with_gradient(torch.compile(_reference, dynamic=False, fullgraph=True))(size, inputs)
+
+
+def _ours(vectors: Tensor, ratios: Tensor) -> Tensor:
+    return functional.pdcr_loss(vectors, ratios, temperature=TEMPERATURE)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The operator's plain-PyTorch kernel, as on devices without a kernel of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, ratios: Tensor) -> Tensor:
+        ctx.options = (None, TEMPERATURE, 1 / ratios.shape[-1], False, 1.0, -1.0, 0.0, 1.0, 0.0)
+        loss, log_z = op._forward(vectors, ratios, *ctx.options)
+        ctx.save_for_backward(log_z, vectors, ratios)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return op._backward(grad, *ctx.saved_tensors, *ctx.options), None
+
+
+def _chunked(vectors: Tensor, ratios: Tensor) -> Tensor:
+    return _ChunkedLoss.apply(vectors, ratios).mean()
+
+
+def _keops(size: Size, inputs: Inputs) -> Run:
+    try:
+        import pykeops
+        from pykeops.torch import LazyTensor
+    except Exception as error:  # its import also looks for a compiler
+        raise Unavailable(f"pykeops cannot be imported: {error}") from error
+    pykeops.set_verbose(False)
+
+    def loss(vectors: Tensor, ratios: Tensor) -> Tensor:
+        batch, count, _ = vectors.shape
+        u = torch.nn.functional.normalize(vectors.float(), dim=-1)
+        s = LazyTensor(u[:, :, None]) | LazyTensor(u[:, None])
+        d = (LazyTensor(ratios[:, :, None]) - LazyTensor(ratios[:, None])).abs().sum(-1) / ratios.shape[-1]
+        log_z = (s * d / TEMPERATURE).logsumexp(dim=2)
+        attraction = (s * (1 - d)).sum(dim=2)
+        return (log_z.sum() - attraction.sum() / (TEMPERATURE * count)) / (batch * count)
+
+    return _with_gradient(loss)(size, inputs)
+
+
+def _keops_too_slow(size: Size) -> str | None:
+    if size.batch * size.count**2 > KEOPS_PAIRS:
+        return "over ten seconds a call on a CPU"
+    return None
+
+
+def _released(vectors: Tensor, ratios: Tensor) -> Tensor:
+    """Eq. 7 through B x C x N x N, as the authors' code goes about it."""
+    x, phi = vectors.mT, ratios.mT
+    s = torch.nn.CosineSimilarity(dim=1)(x.unsqueeze(3), x.unsqueeze(2)).float()
+    d = (phi.unsqueeze(3) - phi.unsqueeze(2)).abs().mean(1)
+    attracting, repelling = torch.exp(s * (1 - d) / TEMPERATURE), torch.exp(s * d / TEMPERATURE)
+    return -torch.log(attracting / repelling.sum(2, keepdim=True)).mean()
+
+
+def _three_products(_size: Size, inputs: Inputs) -> Run:
+    """U U^T, and twice N x N @ N x C: what every version that forms N x N must at least do."""
+    u = inputs[0]
+    matrix, product = u.new_empty(*u.shape[:2], u.shape[1]), torch.empty_like(u)
+
+    def run() -> Result:
+        torch.matmul(u, u.mT, out=matrix)
+        torch.matmul(matrix, u, out=product)
+        torch.matmul(matrix.mT, u, out=product)
+        return ()
+
+    return run
+
+
+def _two_products_in_tiles(tile: int) -> Callable[[Size, Inputs], Run]:
+    """U U^T and N x N @ N x C, one tile after the other, each used while it is in the cache."""
+
+    def prepare(_size: Size, inputs: Inputs) -> Run:
+        blocks = [block for image in inputs[0] for block in image.split(tile)]
+        products = [torch.zeros_like(block) for block in blocks]
+        matrix = inputs[0].new_empty(tile, tile)
+        per_image = len(blocks) // len(inputs[0])
+
+        def run() -> Result:
+            for a, block in enumerate(blocks):
+                first = a - a % per_image
+                for other, product in zip(
+                    blocks[first : first + per_image], products[first : first + per_image], strict=True
+                ):
+                    part = matrix[: len(block), : len(other)]
+                    torch.mm(block, other.mT, out=part)
+                    product.addmm_(part.mT, block)
+            return ()
+
+        return run
+
+    return prepare
+
+
+def _dense_bytes(matrices: float) -> Callable[[Size], float]:
+    return lambda size: matrices * size.matrix_bytes
+
+
+def _oracle(_size: Size, inputs: Inputs) -> Result:
+    vectors, ratios = (each.double() for each in inputs)
+    return _with_gradient(_reference)(_size, (vectors, ratios))()
+
+
+OPERATION = Operation(
+    name="pdcr_loss",
+    make_inputs=_inputs,
+    oracle=_oracle,
+    checked=lambda size: replace(size, count=size.count if size.count <= CHECKED else CHECKED // 4),
+    tiny=lambda size: replace(size, count=min(size.count, 49), channels=min(size.channels, 8)),
+    tolerance=lambda size: 1e-5 if size.dtype == "fp32" else 1e-2,
+    memory_unit=lambda size: 4 * size.batch * size.count * size.channels,
+    implementations=(
+        Implementation(OURS, _with_gradient(_ours)),
+        Implementation(
+            "reference",
+            _with_gradient(_reference),
+            bytes_needed=lambda size: (2 * size.classes + 5) * size.matrix_bytes,
+        ),
+        Implementation("torch.compile", _compiled, bytes_needed=_dense_bytes(3), compiles=True),
+        Implementation("chunked", _with_gradient(_chunked)),
+        Implementation("KeOps", _keops, refuse=_keops_too_slow),
+        Implementation(
+            "released",
+            _with_gradient(_released),
+            bytes_needed=lambda size: 6 * size.channels * size.matrix_bytes,
+        ),
+        Implementation(
+            "three products", _three_products, bytes_needed=_dense_bytes(2), yardstick=True, weighed=False
+        ),
+        *(
+            Implementation(
+                f"two products, tiles of {tile}", _two_products_in_tiles(tile), yardstick=True, weighed=False
+            )
+            for tile in TILES
+        ),
+    ),
+)
+TILE_PRODUCTS = tuple(f"two products, tiles of {tile}" for tile in TILES)

@@ -1,0 +1,107 @@
+"""Markdown tables and terminal lines drawn from records."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from benchmarks.operation import OURS
+from benchmarks.record import Record
+from benchmarks.registry import TARGETS, Target
+from benchmarks.timing import Entry, ratio_of_medians
+
+CaseRecord = dict[str, Any]
+
+
+def markdown(records: list[Record]) -> str:
+    """Targets, then every case, of one or more records; where several hold a case, the last one counts."""
+    cases = {case["id"]: case for record in records for case in record["cases"]}
+    parts = [targets_table(list(cases.values())), *(_case_table(case) for case in cases.values())]
+    parts += [_provenance(record) for record in records]
+    return "\n\n".join(part for part in parts if part)
+
+
+def case_lines(case: CaseRecord) -> list[str]:
+    """A case as the terminal shows it while a run goes on."""
+    lines = [case["id"]]
+    for name, entry in case["implementations"].items():
+        time, over_ours, peak = _cells(entry, name)
+        lines.append(f"    {name:<33} {time:<32} {over_ours:>8} {peak:>10}".rstrip())
+    return lines
+
+
+def measure(target: Target, cases: dict[str, CaseRecord]) -> tuple[float, str] | None:
+    """The target's figure and what it is against, or None where one of the two was not measured."""
+    case = cases.get(target.case.id, {"implementations": {}})
+    measured = {name: entry for name, entry in case["implementations"].items() if "seconds" in entry}
+    ours = measured.get(OURS)
+    if ours is None:
+        return None
+    if target.sense == "memory":
+        peak = ours.get("peak_bytes")
+        return None if peak is None else (peak / case["memory_unit_bytes"], target.against[0])
+    others = [name for name in target.against if name in measured]
+    if not others:
+        return None
+    fastest = min(others, key=lambda name: median(measured[name]["seconds"]))
+    ratio = ratio_of_medians(ours, measured[fastest])
+    return {"at most": ratio, "at least": 1 / ratio, "added": ratio - 1}[target.sense], fastest
+
+
+def targets_table(cases: list[CaseRecord]) -> str:
+    """The targets that these cases bear on, with what was measured."""
+    by_id = {case["id"]: case for case in cases}
+    lines = ["| what | case | against | measured | target | |", "|---|---|---|---|---|---|"]
+    for target in TARGETS:
+        found = measure(target, by_id)
+        if found is None:
+            continue
+        value, against = found
+        match target.sense:
+            case "added":
+                cells = f"{value:+.1%} | |"
+            case "at least":
+                cells = f"{value:.3g}x faster | >= {target.bound:g}x | {_verdict(value >= target.bound)}"
+            case _:
+                cells = f"{value:.3g} | <= {target.bound:g} | {_verdict(value <= target.bound)}"
+        lines.append(f"| {target.what} | `{target.case.id}` | {against} | {cells} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _verdict(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
+
+
+def _case_table(case: CaseRecord) -> str:
+    lines = [
+        f"`{case['id']}`",
+        "",
+        "| implementation | time, median (20 to 80 %) | time / ours | extra memory |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in case["implementations"].items():
+        lines.append(f"| {name} | {' | '.join(_cells(entry, name))} |")
+    return "\n".join(lines)
+
+
+def _cells(entry: Entry, name: str) -> tuple[str, str, str]:
+    """Time, or why there is none; time over ours; extra memory."""
+    if "seconds" not in entry:
+        return f"{entry['status']}: {entry['reason']}", "", ""
+    low, middle, high = (entry["quantiles"][q] for q in ("20", "50", "80"))
+    unit, scale = ("s", 1) if middle >= 1 else ("ms", 1e3) if middle >= 1e-3 else ("us", 1e6)
+    over_ours = f"{entry['over_ours']['medians']:.3g}x" if "over_ours" in entry and name != OURS else ""
+    peak = f"{entry['peak_bytes'] / 1e6:.3g} MB" if "peak_bytes" in entry else entry.get("reason", "")
+    return f"{middle * scale:.3g} {unit} ({low * scale:.3g} to {high * scale:.3g})", over_ours, peak
+
+
+def _provenance(record: Record) -> str:
+    machine = record["machine"]
+    dirty = " with local changes" if record["dirty"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
+    return (
+        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit'][:9]}{dirty}; "
+        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, "
+        f"{machine['vector_code']}, {machine['memory_gb']} GB; {versions}. "
+        "Medians over interleaved rounds; extra memory is beyond the inputs, the results included."
+    )

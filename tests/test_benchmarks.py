@@ -1,0 +1,367 @@
+"""The benchmarks: their registry, what they compare, and what becomes of the records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("monai")
+
+from benchmarks import plot, record, registry, table, timing  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.operation import OURS, Case, Implementation, Operation, Unavailable  # noqa: E402
+
+ALL_CASES = (*registry.DEFAULT, *registry.QUICK, *registry.LARGE)
+CHECKED_IMPLEMENTATIONS = [
+    pytest.param(operation, implementation, id=f"{operation.name}-{implementation.name}")
+    for operation in registry.OPERATIONS
+    for implementation in operation.implementations
+    if not implementation.yardstick
+]
+
+
+def first_size(operation: Operation) -> Any:
+    return next(case.size for case in registry.DEFAULT if case.operation is operation)
+
+
+class TestRegistry:
+    def test_ids_are_unique_and_found(self) -> None:
+        assert len({case.id for case in ALL_CASES}) == len(ALL_CASES)
+        for case in ALL_CASES:
+            assert registry.find(case.id) is case
+
+    def test_every_case_measures_ours_first_and_names_real_implementations(self) -> None:
+        for case in ALL_CASES:
+            names = [each.name for each in case.operation.implementations]
+            assert len(set(names)) == len(names)
+            assert set(case.without) <= set(names)
+            assert case.implementations[0].name == OURS
+
+    def test_results_are_checked_at_a_size_the_reference_holds(self) -> None:
+        for case in ALL_CASES:
+            operation = case.operation
+            reference = operation.implementation("reference")
+            assert reference.bytes_needed(operation.checked(case.size)) < 4e9
+            assert reference.bytes_needed(operation.tiny(case.size)) < 2e8
+
+    def test_targets_name_measured_implementations(self) -> None:
+        for target in registry.TARGETS:
+            assert target.case in ALL_CASES
+            if target.sense == "memory":
+                assert target.case.operation.memory_unit is not None
+            else:
+                assert set(target.against) <= {each.name for each in target.case.implementations}
+
+    def test_every_operation_has_a_default_and_a_quick_case(self) -> None:
+        for cases in (registry.DEFAULT, registry.QUICK):
+            assert {case.operation.name for case in cases} == {each.name for each in registry.OPERATIONS}
+
+
+class TestImplementations:
+    @pytest.mark.parametrize(("operation", "implementation"), CHECKED_IMPLEMENTATIONS)
+    def test_agrees_with_the_float64_reference(
+        self, operation: Operation, implementation: Implementation
+    ) -> None:
+        if implementation.name == "KeOps" and not os.environ.get("CONTRASTSEG_FAST_SLOW_TESTS"):
+            pytest.skip("compiles for half a minute; set CONTRASTSEG_FAST_SLOW_TESTS=1")
+        size = operation.tiny(first_size(operation))
+        inputs = operation.make_inputs(size, "cpu")
+        results = implementation.prepare(size, inputs)()
+        assert timing.normwise_error(results, operation.oracle(size, inputs)) <= operation.tolerance(size)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"ratios": "mask", "classes": 5, "batch": 2},
+            {"dtype": "bf16"},
+        ],
+    )
+    @pytest.mark.parametrize("name", [OURS, "chunked", "released"])
+    def test_pdcr_peers_agree_on_masks_and_16_bit_vectors(self, name: str, change: dict[str, Any]) -> None:
+        if name == "released" and "dtype" in change:
+            pytest.skip("CosineSimilarity rounds to 16 bits; measured in fp32 only")
+        operation = registry.PDCR_RANDOM.operation
+        size = replace(operation.tiny(first_size(operation)), **change)
+        inputs = operation.make_inputs(size, "cpu")
+        results = operation.implementation(name).prepare(size, inputs)()
+        assert timing.normwise_error(results, operation.oracle(size, inputs)) <= operation.tolerance(size)
+
+    @pytest.mark.parametrize("name", [OURS, "one-hot + cumsum", "lean cumsum", "released"])
+    @pytest.mark.parametrize("change", [{}, {"extent": 0, "classes": 5}])
+    def test_ratio_peers_agree_on_random_places_and_in_3d(self, name: str, change: dict[str, Any]) -> None:
+        operation = registry.RATIOS.operation
+        size = operation.tiny(replace(first_size(operation), places="random", **change))
+        inputs = operation.make_inputs(size, "cpu")
+        results = operation.implementation(name).prepare(size, inputs)()
+        assert timing.normwise_error(results, operation.oracle(size, inputs)) <= operation.tolerance(size)
+
+    def test_yardsticks_compute_the_products_they_are_named_after(self) -> None:
+        operation = registry.PDCR_RANDOM.operation
+        size = operation.tiny(first_size(operation))
+        for implementation in operation.implementations:
+            if implementation.yardstick:
+                assert implementation.prepare(size, operation.make_inputs(size, "cpu"))() == ()
+
+
+@dataclass(frozen=True)
+class Size:
+    count: int = 4
+
+
+class Stopwatch:
+    """Runs what pytest-benchmark's fixture would, in the same order."""
+
+    def pedantic(self, target: Callable[..., Any], setup: Callable[[], Any], rounds: int) -> None:
+        data = []
+        for _ in range(rounds):
+            args, kwargs = setup()
+            begin = time.perf_counter()
+            target(*args, **kwargs)
+            data.append(time.perf_counter() - begin)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+
+
+def doubling(*implementations: Implementation, checked: Callable[[Size], Size] = lambda size: size) -> Case:
+    """A case that doubles a vector."""
+    operation = Operation(
+        name="double",
+        make_inputs=lambda size, _device: (torch.ones(size.count),),
+        oracle=lambda _size, inputs: (2 * inputs[0].double(),),
+        checked=checked,
+        tiny=lambda size: size,
+        tolerance=lambda _size: 1e-6,
+        implementations=implementations,
+        memory_unit=lambda size: 4 * size.count,
+    )
+    return Case(operation, Size())
+
+
+def times(factor: float) -> Callable[[Any, Any], Any]:
+    return lambda _size, inputs: lambda: (factor * inputs[0],)
+
+
+def measure(case: Case, **settings: Any) -> dict[str, timing.Entry]:
+    return timing.measure_times(case, case.implementations, timing.Settings(**settings), Stopwatch())
+
+
+class TestTiming:
+    def test_rounds_hold_every_implementation_once(self) -> None:
+        called: list[str] = []
+
+        def slow(name: str) -> Implementation:
+            def prepare(_size: Size, inputs: Any) -> Any:
+                def run() -> Any:
+                    called.append(name)
+                    time.sleep(0.011)
+                    return (2 * inputs[0],)
+
+                return run
+
+            return Implementation(name, prepare)
+
+        entries = measure(doubling(slow(OURS), slow("peer"), slow("other")), rounds=5)
+        timed = called[-15:]
+        assert all(set(timed[at : at + 3]) == {OURS, "peer", "other"} for at in range(0, 15, 3))
+        assert {entry["status"] for entry in entries.values()} == {"measured"}
+        assert all(len(entry["seconds"]) == 5 and entry["calls"] == 1 for entry in entries.values())
+        assert all(second >= 0.01 for entry in entries.values() for second in entry["seconds"])
+
+    def test_short_calls_are_repeated_within_a_sample(self) -> None:
+        entry = measure(doubling(Implementation(OURS, times(2))), rounds=2)[OURS]
+        assert entry["calls"] > 1
+        assert all(0 < second < timing.SAMPLE_SECONDS for second in entry["seconds"])
+
+    def test_what_cannot_be_timed_is_recorded_with_its_reason(self) -> None:
+        def unavailable(_size: Size, _inputs: Any) -> Any:
+            raise Unavailable("no compiler")
+
+        def broken(_size: Size, _inputs: Any) -> Any:
+            raise RuntimeError("out of luck\nat line 1")
+
+        case = doubling(
+            Implementation(OURS, times(2)),
+            Implementation("wrong", times(2.01)),
+            Implementation("not finite", times(float("nan"))),
+            Implementation("unavailable", unavailable),
+            Implementation("broken", broken),
+            Implementation("too big", times(2), bytes_needed=lambda _size: 9e9),
+            Implementation("refused", times(2), refuse=lambda _size: "takes for ever"),
+            Implementation("yardstick", times(7), yardstick=True),
+        )
+        entries = measure(case, rounds=1)
+        found = {name: (entry["status"], entry.get("reason")) for name, entry in entries.items()}
+        assert found == {
+            OURS: ("measured", None),
+            "wrong": ("wrong", "off by 0.005 from the float64 reference"),
+            "not finite": ("wrong", "off by inf from the float64 reference"),
+            "unavailable": ("skipped", "no compiler"),
+            "broken": ("failed", "RuntimeError: out of luck"),
+            "too big": ("skipped", "needs about 9.0 GB; the limit is 8.0 GB"),
+            "refused": ("skipped", "takes for ever"),
+            "yardstick": ("measured", None),
+        }
+        assert [name for name, entry in entries.items() if "seconds" in entry] == [OURS, "yardstick"]
+
+    def test_beyond_the_checked_size_implementations_are_compared_with_each_other(self) -> None:
+        def wrong_when_large(_size: Size, inputs: Any) -> Any:
+            return lambda: ((2 if len(inputs[0]) < 4 else 3) * inputs[0],)
+
+        peers = Implementation(OURS, times(2)), Implementation("peer", wrong_when_large)
+        entries = measure(doubling(*peers, checked=lambda _size: Size(2)), rounds=1)
+        assert entries["peer"]["status"] == "wrong"
+        assert entries["peer"]["reason"] == "differs by 0.5 from ours at this size"
+
+    def test_a_case_of_fixed_rounds_is_called_once_at_its_size(self) -> None:
+        called: list[int] = []
+
+        def prepare(_size: Size, inputs: Any) -> Any:
+            def run() -> Any:
+                called.append(len(inputs[0]))
+                return (2 * inputs[0],)
+
+            return run
+
+        case = doubling(Implementation(OURS, prepare), checked=lambda _size: Size(2))
+        measure(replace(case, rounds=1))
+        assert called == [2, 4]
+
+
+def synthetic_record(seconds: dict[str, list[float]], case: Case, peak_bytes: int) -> record.Record:
+    entries: dict[str, timing.Entry] = {
+        name: {"status": "measured", "calls": 1, "seconds": samples, "error": 1e-7}
+        for name, samples in seconds.items()
+    }
+    entries[OURS]["peak_bytes"] = peak_bytes
+    entries["KeOps"] = {"status": "skipped", "reason": "no compiler"}
+    cpu = {"brand_raw": "A Processor"}
+    machine = {"cpu": cpu, "processor": "", "system": "Linux", "release": "6", "machine": "x86_64"}
+    made = record.new("python -m benchmarks", machine, timing.Settings())
+    made["cases"].append(record.describe_case(case, entries))
+    return made
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> record.Record:
+    """A record as it comes back from its file: 0.1 s against 0.25 s, 0.3 s and 3 s; 20 MB."""
+    seconds = {
+        OURS: [0.1, 0.2, 0.1],
+        "reference": [3.0, 3.0, 3.0],
+        "torch.compile": [0.3, 0.3, 0.9],
+        "three products": [0.25, 0.25, 0.25],
+        "two products, tiles of 256": [0.08, 0.08, 0.08],
+        "two products, tiles of 512": [0.16, 0.16, 0.16],
+    }
+    path = tmp_path / "made.json"
+    record.save(synthetic_record(seconds, registry.PDCR_RANDOM, 20 * 2**20), path)
+    return record.load(path)
+
+
+class TestRecord:
+    def test_round_trip_keeps_samples_and_adds_quantiles_and_ratios(self, made: record.Record) -> None:
+        (case,) = made["cases"]
+        assert case["id"] == registry.PDCR_RANDOM.id
+        assert case["size"]["count"] == 4096
+        assert case["memory_unit_bytes"] == 4096 * 256 * 4
+        compiled = case["implementations"]["torch.compile"]
+        assert compiled["seconds"] == [0.3, 0.3, 0.9]
+        assert compiled["quantiles"] == {"20": 0.3, "50": 0.3, "80": 0.66}
+        assert compiled["over_ours"]["medians"] == pytest.approx(3)
+        assert compiled["over_ours"]["within_rounds"]["20"] == pytest.approx(2.1)  # of 1.5, 3 and 9
+        assert case["implementations"]["KeOps"] == {"status": "skipped", "reason": "no compiler"}
+
+    def test_says_where_it_comes_from(self, made: record.Record) -> None:
+        assert made["versions"]["torch"] == torch.__version__
+        assert made["machine"]["cpu"] == "A Processor"
+        assert {"command", "date", "commit", "dirty", "settings"} <= set(made)
+
+    def test_targets_are_measured_and_missed_ones_said(self, made: record.Record) -> None:
+        rows = table.targets_table(made["cases"]).splitlines()[2:]
+        figures = {
+            (cells[3], cells[5]): (cells[4], cells[6])
+            for cells in ([cell.strip() for cell in row.split("|")] for row in rows)
+        }
+        assert figures == {
+            ("three products", "<= 0.55"): ("0.4", "met"),
+            ("two products, tiles of 256", "<= 1.15"): ("1.25", "**missed**"),
+            ("torch.compile", ">= 4x"): ("3x faster", "**missed**"),
+            ("reference", ">= 15x"): ("30x faster", "met"),
+            ("the sampled vectors in fp32", "<= 4"): ("5", "**missed**"),
+        }
+
+    def test_table_shows_times_ratios_memory_and_reasons(self, made: record.Record) -> None:
+        text = table.markdown([made])
+        assert "| ours | 100 ms (100 to 160) |  | 21 MB |" in text
+        assert "| torch.compile | 300 ms (300 to 660) | 3x |  |" in text
+        assert "| KeOps | skipped: no compiler |  |  |" in text
+        assert "`python -m benchmarks`" in text
+        assert "A Processor" in text
+
+    def test_pictures_are_drawn(self, made: record.Record, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        written = plot.draw([made], tmp_path / "pictures")
+        assert [path.name for path in written] == ["pdcr_time.png", "pdcr_memory.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+class TestCommand:
+    def test_quick_run_records_times_and_memory(self, tmp_path: Path) -> None:
+        out = tmp_path / "quick.json"
+        pattern = r"^pdcr_loss/random.*(ours|reference|three products)$"
+        arguments = ["--quick", "--only", pattern, "--rounds", "2", "--out", str(out)]
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        made = json.loads(out.read_text())
+        (case,) = made["cases"]
+        entries = case["implementations"]
+        assert set(entries) == {OURS, "reference", "three products"}
+        assert all(len(entry["seconds"]) == 2 for entry in entries.values())
+        assert entries[OURS]["error"] < 1e-5
+        matrix_bytes = 4 * case["size"]["count"] ** 2
+        assert entries["reference"]["peak_bytes"] > 4 * matrix_bytes
+        assert 0 < entries[OURS]["peak_bytes"] < entries["reference"]["peak_bytes"]
+        assert "peak_bytes" not in entries["three products"]
+        assert "--quick" in made["command"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--only", "nothing like it"], "matches nothing"),
+            (["--rounds", "0"], "at least 1"),
+            (["--quick", "--large"], "not allowed with"),
+        ],
+    )
+    def test_bad_arguments_are_refused(
+        self,
+        arguments: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_lists_what_it_would_measure(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--list", "--large", "--only", "ours$"])
+        assert main() == 0
+        assert capsys.readouterr().out == f"{registry.PDCR_LARGE.id}: ours\n"
