@@ -1,0 +1,260 @@
+// entropy_gate on the CPU: tensors become views, and strips of locations are shared out among torch's threads.
+#include "cpu/entropy_gate.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/capability.h"
+
+namespace csf::entropy_gate {
+namespace {
+
+#define CSF_KERNEL "cpu/entropy_gate_kernel.h"
+#include "cpu/foreach_capability.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 64;                      // locations; every strip begins at a multiple of it
+constexpr int64_t kGrainElements = 32768;           // fewer are not worth another thread
+constexpr int64_t kStreamBytes = int64_t{8} << 20;  // an output this large leaves the caches before it is read
+
+bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
+void check(const Tensor& features, const Tensor& logits) {
+  STD_TORCH_CHECK(features.is_cpu() && logits.is_cpu(), "entropy_gate: features and logits must be on one device");
+  STD_TORCH_CHECK(is_floating(features.scalar_type()) && is_floating(logits.scalar_type()),
+                  "entropy_gate: features and logits must be fp32, fp64, bf16 or fp16");
+  STD_TORCH_CHECK(features.dim() >= 2 && features.dim() == logits.dim(),
+                  "entropy_gate: features (B, C, *spatial) and logits (B, M, *spatial) must have as many dimensions");
+  for (int64_t axis = 0; axis < features.dim(); ++axis) {
+    STD_TORCH_CHECK(axis == 1 || features.size(axis) == logits.size(axis),
+                    "entropy_gate: features and logits must agree in batch and space");
+  }
+  STD_TORCH_CHECK(logits.size(1) >= 2, "entropy_gate: logits must have at least 2 classes");
+}
+
+void check_grad(const Tensor& grad, const Tensor& features, int64_t channels) {
+  bool fits = grad.is_cpu() && is_floating(grad.scalar_type()) && grad.dim() == features.dim();
+  for (int64_t axis = 0; fits && axis < grad.dim(); ++axis) {
+    fits = grad.size(axis) == (axis == 1 ? channels : features.size(axis));
+  }
+  STD_TORCH_CHECK(fits, "entropy_gate: an incoming gradient must have the shape and device of its output");
+}
+
+// fp64 if features or logits are, else fp32.
+ScalarType accumulation_dtype(const Tensor& features, const Tensor& logits) {
+  const bool is_double = features.scalar_type() == ScalarType::Double || logits.scalar_type() == ScalarType::Double;
+  return is_double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+MemoryFormat channels_last_format(const Tensor& tensor) {
+  return tensor.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+}
+
+// Dense with the channels innermost, and not contiguous as well.
+bool is_channels_last(const Tensor& tensor) {
+  if ((tensor.dim() != 4 && tensor.dim() != 5) || tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  const auto is_next = [&](int64_t axis) {
+    const bool result = tensor.size(axis) == 1 || tensor.stride(axis) == expected;
+    expected *= tensor.size(axis);
+    return result;
+  };
+  bool result = is_next(1);
+  for (int64_t axis = tensor.dim() - 1; axis > 1; --axis) result = is_next(axis) && result;
+  return is_next(0) && result;
+}
+
+MemoryFormat memory_format(const Tensor& tensor) {
+  return is_channels_last(tensor) ? channels_last_format(tensor) : MemoryFormat::Contiguous;
+}
+
+// Elements from one location to the next, where that is one number throughout.
+std::optional<int64_t> location_stride(const Tensor& tensor) {
+  int64_t stride = 1, locations = 1;
+  for (int64_t axis = tensor.dim() - 1; axis > 1; --axis) {
+    if (tensor.size(axis) == 1) continue;
+    if (locations == 1) stride = tensor.stride(axis);
+    if (tensor.stride(axis) != stride * locations) return std::nullopt;
+    locations *= tensor.size(axis);
+  }
+  return stride;
+}
+
+// The tensor itself where the kernel can walk through it, as through a slice of channels; else a dense copy.
+Tensor walkable(const Tensor& tensor, bool channels_last) {
+  const auto location = location_stride(tensor);
+  const bool channels_adjoin = tensor.size(1) == 1 || tensor.stride(1) == 1;
+  if (location && (channels_last ? channels_adjoin : *location == 1)) return tensor;
+  return torch::stable::contiguous(tensor, channels_last ? channels_last_format(tensor) : MemoryFormat::Contiguous);
+}
+
+Tensor walkable_logits(const Tensor& logits) {
+  return location_stride(logits) ? logits : torch::stable::contiguous(logits);
+}
+
+View view(const Tensor& tensor, void* data) {
+  return {static_cast<char*>(data), tensor.stride(0), tensor.stride(1), *location_stride(tensor)};
+}
+
+View input(const Tensor& tensor) {
+  return view(tensor, const_cast<void*>(tensor.const_data_ptr()));
+}
+
+View output(const Tensor& tensor) {
+  return view(tensor, tensor.mutable_data_ptr());
+}
+
+Tensor empty(const Tensor& like, int64_t channels, ScalarType dtype, MemoryFormat format) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes[1] = channels;
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+// Whether to write a large output past the caches, which saves reading its memory first. Memory fresh from the system
+// is better written as usual: its first touch zeroes a page, which then stands in the cache.
+bool worth_streaming(const Tensor& tensor, bool channels_last) {
+#if defined(__linux__) && defined(__x86_64__)
+  const auto size = static_cast<int64_t>(tensor.element_size());
+  const int64_t bytes = tensor.numel() * size;
+  const int64_t run = (channels_last ? tensor.size(1) : tensor.stride(1)) * size;
+  const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  if (bytes < kStreamBytes || run % kAlignment != 0 || address % kAlignment != 0) return false;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (int64_t quarter = 1; quarter < 4; ++quarter) {
+    const uintptr_t probe = (address + bytes / 4 * quarter) / page * page;
+    unsigned char resident = 0;
+    if (mincore(reinterpret_cast<void*>(probe), page, &resident) != 0 || (resident & 1) == 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
+Type type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: return Type::float32;
+  }
+}
+
+Shape shape(const Tensor& features, const Tensor& logits, bool channels_last) {
+  int64_t locations = 1;
+  for (int64_t axis = 2; axis < features.dim(); ++axis) locations *= features.size(axis);
+  return {type(features),   type(logits), features.size(0), features.size(1),
+          logits.size(1), locations,    channels_last};
+}
+
+// Calls kernel(work, strip, scratch) for strips that cover all locations of all images.
+template <class Work>
+void for_each_strip(const Work& work, void (*kernel)(const Work&, Strip, void*)) {
+  struct alignas(kAlignment) Line {
+    char bytes[kAlignment];
+  };
+  const Shape& shape = work.shape;
+  const int64_t blocks = (shape.locations + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kBlock * (shape.channels + shape.classes)));
+  torch::stable::parallel_for(0, shape.images * blocks, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Line[]> scratch(new Line[scratch_bytes(shape) / sizeof(Line)]);
+    while (begin < end) {
+      const int64_t image = begin / blocks;
+      const int64_t next = std::min({end, (image + 1) * blocks, begin + kStrip / kBlock});
+      const int64_t first = (begin - image * blocks) * kBlock;
+      kernel(work, {image, first, std::min(shape.locations, first + (next - begin) * kBlock)}, scratch.get());
+      begin = next;
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> entropy_gate_forward(const Tensor& features, const Tensor& logits) {
+  check(features, logits);
+  const ScalarType accumulation = accumulation_dtype(features, logits);
+  if (accumulation == ScalarType::Double && features.scalar_type() != logits.scalar_type()) {
+    auto [gated, uncertainty] =
+        entropy_gate_forward(with_dtype(features, accumulation), with_dtype(logits, accumulation));
+    return {with_dtype(gated, features.scalar_type()), uncertainty};
+  }
+  const bool channels_last = is_channels_last(features);
+  const Tensor gated = empty(features, features.size(1), features.scalar_type(), memory_format(features));
+  const Tensor uncertainty = empty(features, 1, accumulation, MemoryFormat::Contiguous);
+  if (uncertainty.numel() > 0) {
+    const Tensor x = walkable(features, channels_last), z = walkable_logits(logits);
+    const Forward work{shape(x, z, channels_last), input(x), input(z), output(gated), output(uncertainty),
+                       worth_streaming(gated, channels_last)};
+    for_each_strip(work, CSF_DISPATCH(forward));
+  }
+  return {gated, uncertainty};
+}
+
+std::tuple<Tensor, Tensor> entropy_gate_backward(const std::optional<Tensor>& grad_gated,
+                                                 const std::optional<Tensor>& grad_uncertainty,
+                                                 const Tensor& features, const Tensor& logits) {
+  check(features, logits);
+  if (grad_gated) check_grad(*grad_gated, features, features.size(1));
+  if (grad_uncertainty) check_grad(*grad_uncertainty, features, 1);
+  const ScalarType accumulation = accumulation_dtype(features, logits);
+  if (accumulation == ScalarType::Double && features.scalar_type() != logits.scalar_type()) {
+    auto [grad_features, grad_logits] = entropy_gate_backward(
+        grad_gated, grad_uncertainty, with_dtype(features, accumulation), with_dtype(logits, accumulation));
+    return {with_dtype(grad_features, features.scalar_type()), with_dtype(grad_logits, logits.scalar_type())};
+  }
+  const bool channels_last = is_channels_last(features);
+  Tensor grad_features = empty(features, features.size(1), features.scalar_type(), memory_format(features));
+  const Tensor grad_logits = empty(logits, logits.size(1), logits.scalar_type(), memory_format(logits));
+  if (!grad_gated) torch::stable::zero_(grad_features);
+  if (grad_logits.numel() > 0) {
+    const Tensor x = walkable(features, channels_last), z = walkable_logits(logits);
+    Backward work{shape(x, z, channels_last), {}, {}, input(x), input(z), output(grad_features), output(grad_logits),
+                  worth_streaming(grad_features, channels_last)};
+    std::optional<Tensor> gated_grads, uncertainty_grads;
+    if (grad_gated) {
+      gated_grads = walkable(with_dtype(*grad_gated, features.scalar_type()), channels_last);
+      work.grad_gated = input(*gated_grads);
+    }
+    if (grad_uncertainty) {
+      uncertainty_grads = torch::stable::contiguous(with_dtype(*grad_uncertainty, accumulation));
+      work.grad_uncertainty = input(*uncertainty_grads);
+    }
+    for_each_strip(work, CSF_DISPATCH(backward));
+  }
+  return {grad_features, grad_logits};
+}
+
+}  // namespace
+}  // namespace csf::entropy_gate
+
+STABLE_TORCH_LIBRARY_IMPL(contrastseg_fast, CPU, m) {
+  m.impl("entropy_gate_forward", TORCH_BOX(&csf::entropy_gate::entropy_gate_forward));
+  m.impl("entropy_gate_backward", TORCH_BOX(&csf::entropy_gate::entropy_gate_backward));
+}
