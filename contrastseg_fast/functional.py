@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast import _backend, _checks
+from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
 from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
 from contrastseg_fast.ops import pdcr as _pdcr_op
 from contrastseg_fast.sampling import sample_grid
@@ -277,8 +278,6 @@ def entropy_gate(
 
             gated, uncertainty = reference.entropy_gate(features, logits, return_uncertainty=True)
         case _:
-            from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
-
             gated, uncertainty = _entropy_gate_op.entropy_gate_forward(features, logits)
     return (gated, uncertainty) if return_uncertainty else gated
 
