@@ -66,8 +66,8 @@ class Boxes:
         ]
         cover = min(covers, key=lambda boxes: (boxes.grid(count)[0], boxes.stride.denominator))
         length = 2 * count + -2 * count % cover.stride.denominator  # its second half serves below 0 too
-        pattern = [_hull((self[i], other[i])) if i < count else cover[i] for i in range(length)]
-        return _shortest(tuple(pattern), int(cover.stride * length))
+        hulls = [_hull((self[i], other[i])) for i in range(count)]
+        return _shortest((*hulls, *(cover[i] for i in range(count, length))), int(cover.stride * length))
 
     def cover(self, stride: Fraction, count: int) -> Boxes:
         """The smallest boxes of equal size, `stride` apart, that hold those of the indices [0, count)."""

@@ -152,9 +152,13 @@ class AttachedPDCR:
         training = self._model.training and torch.is_grad_enabled()
         if self._paused or not training or _is_rehearsal(output):
             return
-        # What a checkpoint would save here it would miss when it recomputes the layer, without sampling.
-        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
-            self._samples[name] = self.loss.sample(_first_tensor(name, output), name)
+        features = _first_tensor(name, output)
+        if torch.compiler.is_compiling():
+            self._samples[name] = self.loss.sample(features, name)
+        else:
+            # What a checkpoint would save here it would miss when it recomputes the layer, without sampling.
+            with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+                self._samples[name] = self.loss.sample(features, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_samples": {}}
@@ -308,6 +312,8 @@ def _first_tensor(name: str, output: object) -> Tensor:
 
 def _is_rehearsal(values: object) -> bool:
     """Whether a model runs without data, or again in the backward pass, as checkpoints do."""
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._current_graph_task_id() != -1:
         return True
     return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(values))

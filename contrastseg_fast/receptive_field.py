@@ -7,6 +7,7 @@ import difflib
 import math
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -381,12 +382,15 @@ def _as_map(field: Field) -> Field:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, containers in them, hooks and random generators; run compiled parts uncompiled."""
+    """Put back attributes, containers in them, hooks and random generators; run compiled parts uncompiled, and
+    leave warnings to the model's real runs."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     containers = {id(c): (c, copy.copy(c)) for _, values in attributes for c in _containers(values, set())}
     python_random, numpy_random = random.getstate(), np.random.get_state()  # noqa: NPY002
     dynamo = sys.modules.get("torch._dynamo")
-    with torch.random.fork_rng(devices=[]), dynamo.set_stance("force_eager") if dynamo else nullcontext():
+    uncompiled = dynamo.set_stance("force_eager") if dynamo else nullcontext()
+    with torch.random.fork_rng(devices=[]), uncompiled, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             yield
         finally:
