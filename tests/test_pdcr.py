@@ -244,6 +244,15 @@ def test_same_bits_for_any_number_of_threads():
             assert torch.equal(a, b)
 
 
+@needs_extension
+def test_nan_shows_whatever_its_bits():
+    vectors, ratios = make_inputs(1, 200, 40, 2, torch.float32)
+    vectors[0, 7, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    loss, _, gradient = loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(1))
+    assert loss.isnan().all()
+    assert gradient.isnan().any()
+
+
 @pytest.mark.parametrize("implementation", ["op", "default"])
 def test_gradcheck(implementation):
     vectors, ratios = make_inputs(2, 23, 6, 3, torch.float64)
@@ -293,7 +302,7 @@ _CAPABILITY_CHECK = """
 import torch
 from tests import test_pdcr as t
 for name, options in t.FORMS.items():
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         vectors, ratios = t.make_inputs(2, 205, 37, 3, dtype, categorical=options[2])
         if dtype == torch.float64:
             t.test_fp64_agrees_to_rounding(name)
@@ -303,7 +312,7 @@ for name, options in t.FORMS.items():
 
 
 @needs_extension
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_other_vector_code(capability):
     """The binary's other kernels, where this machine would choose better ones."""
     environment = {**os.environ, "CONTRASTSEG_FAST_CPU": capability}

@@ -12,14 +12,16 @@
 
 namespace csf {
 
-enum class Capability { baseline, avx2, avx512 };
+// `amx` stands for the kernels of avx512, and for AMX products where an op has them.
+enum class Capability { baseline, avx2, avx512, amx };
 
-// The best capability of this machine. CONTRASTSEG_FAST_CPU=baseline|avx2|avx512 lowers it, read once.
+// The best capability of this machine. CONTRASTSEG_FAST_CPU=baseline|avx2|avx512|amx lowers it, read once.
 Capability capability();
 
 template <class Function>
 Function select(Function avx512, Function avx2, Function baseline) {
   switch (capability()) {
+    case Capability::amx:
     case Capability::avx512: return avx512;
     case Capability::avx2: return avx2;
     default: return baseline;

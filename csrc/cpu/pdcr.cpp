@@ -33,6 +33,12 @@
 #define CSF_KERNEL "cpu/pdcr_kernel.h"
 #include "cpu/foreach_capability.h"
 
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define CSF_PDCR_AMX
+#include <immintrin.h>
+#include "cpu/pdcr_amx.h"
+#endif
+
 namespace csf::pdcr {
 namespace {
 
@@ -94,11 +100,27 @@ std::vector<std::vector<int64_t>> sorted_rows(const Tensor& ratios, const std::o
   return rows;
 }
 
+// bf16 terms that hold a value exactly, where AMX multiplies them; 0 where vectors multiply the values themselves.
+int exact_terms(ScalarType dtype) {
+#if defined(CSF_PDCR_AMX)
+  if (capability() != Capability::amx) return 0;
+  switch (dtype) {
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    case ScalarType::Float: return 3;
+    default: return 0;
+  }
+#else
+  return 0;
+#endif
+}
+
 // Everything the tiles read, packed from the op's inputs.
 template <class T>
 class Problem {
  public:
-  Problem(const Tensor& vectors, const Tensor& ratios, const std::optional<Tensor>& valid, const Options& options)
+  Problem(const Tensor& vectors, const Tensor& ratios, const std::optional<Tensor>& valid, const Options& options,
+          bool backward)
       : options_(options), order_(sorted_rows(ratios, valid)) {
     batch_ = vectors.size(0);
     channels_ = vectors.size(2);
@@ -109,8 +131,14 @@ class Problem {
     }
     classes_ = ratios.size(2);
     const int64_t padded = first_block_.back() * kBlock;
-    rows_ = std::make_unique<Buffer<T>>(padded * panels() * kPanel);
-    columns_ = std::make_unique<Buffer<T>>(padded * channels_);
+    num_terms_ = exact_terms(vectors.scalar_type());
+    // With AMX only the gradient's last step reads the rows, and beside it there is room for the right form of bf16 alone.
+    keeps_rows_ = num_terms_ == 0 || backward;
+    keeps_right_ = num_terms_ > 0 && !(backward && num_terms_ > 1);
+    rows_ = std::make_unique<Buffer<T>>(keeps_rows_ ? padded * panels() * kPanel : 0);
+    terms_ = std::make_unique<Buffer<int32_t>>(padded * row_pairs());
+    right_terms_ = std::make_unique<Buffer<int32_t>>(keeps_right_ ? padded * row_pairs() : 0);
+    columns_ = std::make_unique<Buffer<T>>(num_terms_ == 0 ? padded * channels_ : 0);
     inverse_ = std::make_unique<Buffer<T>>(padded);
     exponent_ = std::make_unique<Buffer<int>>(padded);
     present_ = std::make_unique<Buffer<T>>(padded);
@@ -134,6 +162,7 @@ class Problem {
   const std::vector<int64_t>& order(int64_t image) const { return order_[image]; }
   const Options& options() const { return options_; }
   const Score<T>& score() const { return score_; }
+  int num_terms() const { return num_terms_; }
 
   Image<T> image(int64_t index) const {
     const int64_t block = first_block_[index], row = block * kBlock;
@@ -141,8 +170,10 @@ class Problem {
     image.count = order_[index].size();
     image.padded = (first_block_[index + 1] - block) * kBlock;
     image.channels = channels_;
-    image.rows = rows_->get() + row * panels() * kPanel;
-    image.columns = columns_->get() + row * channels_;
+    image.rows = keeps_rows_ ? rows_->get() + row * panels() * kPanel : nullptr;
+    image.columns = num_terms_ == 0 ? columns_->get() + row * channels_ : nullptr;
+    image.terms = terms_->get() + row * row_pairs();
+    image.right_terms = keeps_right_ ? right_terms_->get() + row * row_pairs() : nullptr;
     image.inverse = inverse_->get() + row;
     image.present = present_->get() + row;
     image.ratios = ratios_->get() + row * classes_;
@@ -163,7 +194,11 @@ class Problem {
   double row_scale(int64_t row) const { return std::ldexp(1.0, -(*exponent_)[row]); }
 
   // Frees what only the tiles need.
-  void release_columns() { columns_->release(); }
+  void release_columns() {
+    columns_->release();
+    terms_->release();
+    right_terms_->release();
+  }
 
   // Whether the pair is skipped: d = 0 throughout, and exp(0) = 1 whatever the vectors.
   bool skips(const Image<T>& image, int64_t a, int64_t b) const {
@@ -174,9 +209,9 @@ class Problem {
     return true;
   }
 
-  // Runs pair(image, a, b) for every pair of blocks that is not skipped.
-  template <class Pair>
-  void for_each_pair(const std::vector<Image<T>>& images, const Pair& pair) const {
+  // Runs pair(image, a, b) for every pair of blocks that is not skipped; each thread's `pair` comes from make_pair().
+  template <class MakePair>
+  void for_each_pair(const std::vector<Image<T>>& images, const MakePair& make_pair) const {
     const std::vector<Task> tasks = schedule(images);
     std::vector<std::atomic<int32_t>> turns(first_block_.back());  // by the first block of a group
     std::atomic<int64_t> next{0};
@@ -187,6 +222,7 @@ class Problem {
     };
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
     torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+      auto pair = make_pair();
       for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(tasks.size());) {
         const Task& task = tasks[index];
         const Image<T>& image = images[task.image];
@@ -201,6 +237,9 @@ class Problem {
   }
 
  private:
+  // Pairs of bf16 terms in a packed row.
+  int64_t row_pairs() const { return panels() * kPanel / 2 * num_terms_; }
+
   // Blocks in a group: two where an image has enough of them, which halves what comes from beyond the L2 cache.
   static int64_t group_size(const Image<T>& image) { return image.blocks() >= 32 ? 2 : 1; }
 
@@ -279,6 +318,11 @@ class Problem {
     const Input* source = static_cast<const Input*>(vectors.const_data_ptr());
     const int64_t image_stride = vectors.stride(0), row_stride = vectors.stride(1), channel_stride = vectors.stride(2);
     const auto pack_vector = CSF_DISPATCH(pack_vector<Input, T>);
+#if defined(CSF_PDCR_AMX)
+    const auto split_vector = num_terms_ == 1   ? &amx::split_vector<1>
+                              : num_terms_ == 2 ? &amx::split_vector<2>
+                                                : &amx::split_vector<3>;
+#endif
     for (int64_t image = 0; image < batch_; ++image) {
       const int64_t first = first_block_[image], padded = (first_block_[image + 1] - first) * kBlock;
       T* rows = rows_->get() + first * kBlock * panels() * kPanel;
@@ -293,12 +337,27 @@ class Problem {
           (*exponent_)[packed] = pack_vector(vector, channel_stride, channels_, values.data(), (*inverse_)[packed],
                                              block_sums_->get() + packed / kBlock * channels_);
           (*present_)[packed] = present ? T(1) : T(0);
-          for (int64_t panel = 0; panel < panels(); ++panel) {
+          for (int64_t panel = 0; keeps_rows_ && panel < panels(); ++panel) {
             std::copy_n(values.data() + panel * kPanel, kPanel, rows + (panel * padded + row) * kPanel);
           }
+#if defined(CSF_PDCR_AMX)
+          if constexpr (std::is_same_v<T, float>) {
+            if (num_terms_ > 0) {
+              int32_t* terms = terms_->get() + packed / kPanel * kPanel * row_pairs();
+              split_vector(values.data(), panels(), terms + packed % kPanel * amx::kPairs);
+              continue;
+            }
+          }
+#endif
           T* column = columns + row / kPanel * channels_ * kPanel + row % kPanel;
           for (int64_t c = 0; c < channels_; ++c) column[c * kPanel] = values[c];
         }
+#if defined(CSF_PDCR_AMX)
+        if (keeps_right_) {
+          const int64_t offset = begin * kBlock * row_pairs();
+          amx::transpose_tiles(terms_->get() + offset, (end - begin) * kBlock * row_pairs(), right_terms_->get() + offset);
+        }
+#endif
       });
     }
   }
@@ -340,18 +399,61 @@ class Problem {
   Options options_;
   std::vector<std::vector<int64_t>> order_;
   int64_t batch_, channels_, classes_;
+  int num_terms_;
+  bool keeps_rows_, keeps_right_;
   std::vector<int64_t> first_block_;
   std::unique_ptr<Buffer<T>> rows_, columns_, inverse_, present_, ratios_;
+  std::unique_ptr<Buffer<int32_t>> terms_, right_terms_;
   std::unique_ptr<Buffer<int>> exponent_;
   std::unique_ptr<Buffer<uint8_t>> uniform_;
   std::unique_ptr<Buffer<double>> block_sums_;
   Score<T> score_;
 };
 
+#if defined(CSF_PDCR_AMX)
+// The pair function of one thread: its tile registers and its scratch.
+template <int TERMS, bool BACKWARD>
+class AmxPair {
+ public:
+  explicit AmxPair(const Problem<float>& problem)
+      : score_(problem.score()), memory_(amx::scratch_size<TERMS>(problem.panels())), scratch_{memory_.get(), {}} {
+    amx::configure();
+  }
+  AmxPair(const AmxPair&) = delete;
+  ~AmxPair() { amx::release(); }
+
+  void operator()(const Image<float>& image, int64_t a, int64_t b) {
+    (BACKWARD ? amx::backward_pair<TERMS> : amx::forward_pair<TERMS>)(image, score_, a, b, scratch_);
+  }
+
+ private:
+  const Score<float>& score_;
+  Buffer<int32_t> memory_;
+  amx::Scratch scratch_;
+};
+#endif
+
+template <class T, bool BACKWARD>
+void run_pairs(const Problem<T>& problem, const std::vector<Image<T>>& images) {
+#if defined(CSF_PDCR_AMX)
+  if constexpr (std::is_same_v<T, float>) {
+    switch (problem.num_terms()) {
+      case 1: return problem.for_each_pair(images, [&] { return AmxPair<1, BACKWARD>(problem); });
+      case 2: return problem.for_each_pair(images, [&] { return AmxPair<2, BACKWARD>(problem); });
+      case 3: return problem.for_each_pair(images, [&] { return AmxPair<3, BACKWARD>(problem); });
+    }
+  }
+#endif
+  const auto pair = BACKWARD ? CSF_DISPATCH(backward_pair<T>) : CSF_DISPATCH(forward_pair<T>);
+  problem.for_each_pair(images, [&] {
+    return [&](const Image<T>& image, int64_t a, int64_t b) { pair(image, problem.score(), a, b); };
+  });
+}
+
 template <class T>
 void forward(const Tensor& vectors, const Tensor& ratios, const std::optional<Tensor>& valid, const Options& options,
              Tensor& loss, Tensor& log_z) {
-  const Problem<T> problem(vectors, ratios, valid, options);
+  const Problem<T> problem(vectors, ratios, valid, options, false);
   const Buffer<double> z(problem.padded(), 0.0);
   const Buffer<double> maximum(problem.padded(), problem.score().bounded ? 0.0 : -std::numeric_limits<double>::infinity());
   const Buffer<double> attraction(problem.padded() / kBlock, 0.0);
@@ -375,10 +477,7 @@ void forward(const Tensor& vectors, const Tensor& ratios, const std::optional<Te
     }
     images.push_back(image);
   }
-  const auto pair = CSF_DISPATCH(forward_pair<T>);
-  problem.for_each_pair(images, [&](const Image<T>& image, int64_t a, int64_t b) {
-    pair(image, problem.score(), a, b);
-  });
+  run_pairs<T, false>(problem, images);
 
   T* loss_data = static_cast<T*>(loss.mutable_data_ptr());
   T* log_z_data = static_cast<T*>(log_z.mutable_data_ptr());
@@ -431,7 +530,7 @@ void write_gradient(const Problem<T>& problem, const std::vector<Image<T>>& imag
 template <class T>
 Tensor backward(const Tensor& grad, const Tensor& log_z, const Tensor& vectors, const Tensor& ratios,
                 const std::optional<Tensor>& valid, const Options& options) {
-  Problem<T> problem(vectors, ratios, valid, options);
+  Problem<T> problem(vectors, ratios, valid, options, true);
   const Buffer<T> partition(problem.padded(), T(0));
   const Buffer<T> grad_rows(problem.padded() * problem.panels() * kPanel, T(0));
   const T* log_z_data = log_z.const_data_ptr<T>();
@@ -447,10 +546,7 @@ Tensor backward(const Tensor& grad, const Tensor& log_z, const Tensor& vectors, 
     image.grad = grad_rows.get() + problem.first_row(index) * problem.panels() * kPanel;
     images.push_back(image);
   }
-  const auto pair = CSF_DISPATCH(backward_pair<T>);
-  problem.for_each_pair(images, [&](const Image<T>& image, int64_t a, int64_t b) {
-    pair(image, problem.score(), a, b);
-  });
+  run_pairs<T, true>(problem, images);
   problem.release_columns();
 
   Tensor out = torch::stable::new_empty(vectors, vectors.sizes());

@@ -293,10 +293,9 @@ static int64_t vector_columns(const Image<T>& image, int64_t b) {
   return (image.block_rows(b) + lanes - 1) / lanes * lanes;
 }
 
+// Adds the exponentials of a tile of inner products to Z.
 template <class T>
-void forward_pair(const Image<T>& image, const Score<T>& score, int64_t a, int64_t b) {
-  alignas(64) T tile[kBlock * kBlock];
-  inner_products(image, a, b, tile);
+static void add_pairs(const Image<T>& image, const Score<T>& score, int64_t a, int64_t b, T* tile) {
   const int64_t columns = vector_columns(image, b);
   if (score.bounded) {
     alignas(64) T column_sums[kBlock] = {};
@@ -318,11 +317,24 @@ void forward_pair(const Image<T>& image, const Score<T>& score, int64_t a, int64
   }
 }
 
+// Turns a tile of inner products into H.
+template <class T>
+static void weigh_pairs(const Image<T>& image, const Score<T>& score, int64_t a, int64_t b, T* tile) {
+  for_each_row(image, score, a, b, WriteWeights<T>{image, score, a, b, vector_columns(image, b), tile});
+}
+
+template <class T>
+void forward_pair(const Image<T>& image, const Score<T>& score, int64_t a, int64_t b) {
+  alignas(64) T tile[kBlock * kBlock];
+  inner_products(image, a, b, tile);
+  add_pairs(image, score, a, b, tile);
+}
+
 template <class T>
 void backward_pair(const Image<T>& image, const Score<T>& score, int64_t a, int64_t b) {
   alignas(64) T tile[kBlock * kBlock];
   inner_products(image, a, b, tile);
-  for_each_row(image, score, a, b, WriteWeights<T>{image, score, a, b, vector_columns(image, b), tile});
+  weigh_pairs(image, score, a, b, tile);
   add_gradient<T, false>(image, a, b, tile);
   if (a != b) add_gradient<T, true>(image, b, a, tile);
 }

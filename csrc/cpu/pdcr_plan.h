@@ -30,8 +30,10 @@ struct Image {
   int64_t count;       // valid vectors
   int64_t padded;      // count rounded up to whole blocks; padding rows are zero
   int64_t channels;
-  const T* rows;       // [channels / kPanel][padded][kPanel]: the vectors, scaled by powers of two
-  const T* columns;    // [padded / kPanel][channels][kPanel]: the same, transposed
+  const T* rows;       // [channels / kPanel][padded][kPanel]: the vectors, scaled by powers of two; not in a forward with AMX
+  const T* columns;    // [padded / kPanel][channels][kPanel]: the same, transposed; with AMX, in its place,
+  const int32_t* terms;        // the same as bf16 terms, in the form `left` of pdcr_amx.h
+  const int32_t* right_terms;  // in the form `right`; null where memory does not allow it
   const T* inverse;    // [padded]: 1 / length of the scaled vector, 0 for zero vectors and padding
   const T* present;    // [padded]: 1, or 0 for padding
   const T* ratios;     // [blocks][num_classes][kBlock]
