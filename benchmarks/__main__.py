@@ -25,7 +25,7 @@ def main() -> int:
         type=float,
         metavar="GB",
         default=min(Settings.memory_limit, record.physical_bytes() / 2) / 1e9,
-        help="do not attempt what needs more (8, or half of the machine's memory)",
+        help="do not attempt what needs more (6, or half of the machine's memory)",
     )
     parser.add_argument("--out", type=Path, help="where to record (benchmarks/results/NAME.json)")
     parser.add_argument("--list", action="store_true", help="list what would be measured")
@@ -54,6 +54,8 @@ def main() -> int:
         cases, name = registry.QUICK, "quick.json"
     elif args.large:
         cases, name = registry.LARGE, "cpu_large.json"
+    if args.only:
+        name = "partial.json"  # never in place of a whole record
     settings = replace(Settings(), rounds=args.rounds, memory_limit=args.memory_limit * 1e9)
     if args.quick:
         settings = replace(settings, seconds=2.0)

@@ -28,7 +28,7 @@ DEFAULT: tuple[Case, ...] = (
     PDCR_MASK,
     PDCR_TWO_CLASS_MASK,
     *(_pdcr(pdcr.Size(count)) for count in (128, 256, 512, 1024, 2048, 8192, 16384)),
-    _pdcr(pdcr.Size(16384, ratios="mask", classes=5), "KeOps", "released"),
+    _pdcr(pdcr.Size(16384, ratios="mask", classes=5), "KeOps", "released", "chunked"),
     _pdcr(pdcr.Size(4096, channels=32), "KeOps", "released"),
     _pdcr(pdcr.Size(4096, channels=64), "KeOps", "released"),
     _pdcr(pdcr.Size(4096, dtype="bf16"), "KeOps", "released"),

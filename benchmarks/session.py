@@ -48,8 +48,10 @@ class Session:
     def run(self) -> int:
         """Measure, and show the targets; returns pytest's exit status. An interrupt keeps what is done."""
         status = pytest.main([str(BENCH_FILE), *_PYTEST_OPTIONS], plugins=[self])
-        if self._record["cases"]:
-            print(targets_table(self._record["cases"]), f"recorded in {self._out}", sep="\n")
+        if self._record.get("cases"):
+            if targets := targets_table(self._record["cases"]):
+                print(targets)
+            print(f"recorded in {self._out}")
         return status
 
     def measure(self, case: Case, benchmark: BenchmarkFixture) -> None:

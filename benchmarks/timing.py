@@ -29,8 +29,8 @@ class Settings:
     """Limits of a run: rounds at most, seconds for the rounds of one case, bytes of one implementation."""
 
     rounds: int = 15
-    seconds: float = 10.0
-    memory_limit: float = 8e9
+    seconds: float = 8.0
+    memory_limit: float = 6e9
 
 
 def measure_times(

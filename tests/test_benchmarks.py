@@ -211,7 +211,7 @@ class TestTiming:
             "not finite": ("wrong", "off by inf from the float64 reference"),
             "unavailable": ("skipped", "no compiler"),
             "broken": ("failed", "RuntimeError: out of luck"),
-            "too big": ("skipped", "needs about 9.0 GB; the limit is 8.0 GB"),
+            "too big": ("skipped", "needs about 9.0 GB; the limit is 6.0 GB"),
             "refused": ("skipped", "takes for ever"),
             "yardstick": ("measured", None),
         }
