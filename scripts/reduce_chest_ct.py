@@ -21,7 +21,6 @@ import io
 import zipfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 OUT = Path(__file__).resolve().parent.parent / "contrastseg_fast" / "data"
@@ -75,6 +74,8 @@ def reduce_labels(mask: np.ndarray, structures: list[dict[str, str]]) -> np.ndar
 
 
 def main() -> None:
+    import nibabel as nib
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
