@@ -149,6 +149,17 @@ def test_large_maps(dtype: torch.dtype, layout) -> None:
     assert normwise_error(grad_logits, expected[3]) <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("layout", [torch.clone, channels_last])
+def test_memory_fresh_from_the_system(layout) -> None:
+    """Results of more than 32 MiB, which allocators map anew, and which nothing has touched yet."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    features, logits, grad_gated, _ = (layout(x) for x in make_inputs((1, 16, 760, 752), 2))
+    gated, u = entropy_gate_forward(features, logits)
+    torch.testing.assert_close(gated, features * (2 - u), rtol=0, atol=0)
+    grad_features, _ = entropy_gate_backward(grad_gated, None, features, logits)
+    torch.testing.assert_close(grad_features, grad_gated * (2 - u), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extreme_logits(gate, dtype: torch.dtype) -> None:
     big = min(1e30, torch.finfo(dtype).max)
