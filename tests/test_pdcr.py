@@ -229,6 +229,19 @@ def test_strided_inputs():
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fp64_ratios(dtype):
+    vectors, ratios = make_inputs(2, 150, 20, 3, dtype)
+    exact = ratios.double() + torch.linspace(0, 1e-9, 150, dtype=torch.float64)[None, :, None]
+    assert_as_exact_as_plain(vectors, exact, None, PAPER)
+    grad = torch.ones(2, dtype=dtype)
+    actual = loss_and_gradient("op", vectors, exact, None, PAPER, grad)
+    expected = loss_and_gradient("default", vectors, exact, None, PAPER, grad)
+    for a, e in zip(actual, expected, strict=True):
+        assert normwise(a, e.double()) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@needs_extension
 def test_same_bits_for_any_number_of_threads():
     vectors, ratios = make_inputs(2, 3400, 40, 2, torch.float32)
     threads = torch.get_num_threads()

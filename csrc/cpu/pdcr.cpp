@@ -30,17 +30,19 @@
 
 #include "cpu/capability.h"
 
-#define CSF_KERNEL "cpu/pdcr_kernel.h"
-#include "cpu/foreach_capability.h"
-
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define CSF_PDCR_AMX
 #include <immintrin.h>
-#include "cpu/pdcr_amx.h"
 #endif
 
 namespace csf::pdcr {
 namespace {
+
+#define CSF_KERNEL "cpu/pdcr_kernel.h"
+#include "cpu/foreach_capability.h"
+#if defined(CSF_PDCR_AMX)
+#include "cpu/pdcr_amx.h"
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -82,17 +84,18 @@ struct Options {
 // The valid vectors of every image, sorted by their ratios' bits so that equal ratios stand together.
 std::vector<std::vector<int64_t>> sorted_rows(const Tensor& ratios, const std::optional<Tensor>& valid) {
   const int64_t batch = ratios.size(0), count = ratios.size(1), classes = ratios.size(2);
-  const float* ratio = ratios.const_data_ptr<float>();
+  const auto* ratio = static_cast<const char*>(ratios.const_data_ptr());
+  const int64_t row_bytes = classes * (ratios.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float));
   const bool* keep = valid.has_value() ? valid->const_data_ptr<bool>() : nullptr;
   std::vector<std::vector<int64_t>> rows(batch);
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      const float* base = ratio + image * count * classes;
+      const char* base = ratio + image * count * row_bytes;
       for (int64_t i = 0; i < count; ++i) {
         if (keep == nullptr || keep[image * count + i]) rows[image].push_back(i);
       }
       std::sort(rows[image].begin(), rows[image].end(), [&](int64_t i, int64_t j) {
-        const int order = std::memcmp(base + i * classes, base + j * classes, classes * sizeof(float));
+        const int order = std::memcmp(base + i * row_bytes, base + j * row_bytes, row_bytes);
         return order != 0 ? order < 0 : i < j;
       });
     }
@@ -145,7 +148,11 @@ class Problem {
     ratios_ = std::make_unique<Buffer<T>>(padded * classes_);
     uniform_ = std::make_unique<Buffer<uint8_t>>(first_block_.back());
     block_sums_ = std::make_unique<Buffer<double>>(first_block_.back() * channels_);
-    pack_ratios(ratios);
+    if (ratios.scalar_type() == ScalarType::Double) {
+      pack_ratios<double>(ratios);
+    } else {
+      pack_ratios<float>(ratios);
+    }
     switch (vectors.scalar_type()) {
       case ScalarType::Double: pack<double>(vectors); break;
       case ScalarType::Float: pack<float>(vectors); break;
@@ -291,9 +298,10 @@ class Problem {
     return tasks;
   }
 
+  template <class Ratio>
   void pack_ratios(const Tensor& ratios) {
     const int64_t count = ratios.size(1);
-    const float* source = ratios.const_data_ptr<float>();
+    const Ratio* source = ratios.const_data_ptr<Ratio>();
     for (int64_t image = 0; image < batch_; ++image) {
       for (int64_t block = first_block_[image]; block < first_block_[image + 1]; ++block) {
         T* target = ratios_->get() + block * kBlock * classes_;
@@ -304,7 +312,7 @@ class Problem {
           for (int64_t i = 0; i < kBlock; ++i) {
             // Padding repeats the first row, so that it never makes a block look mixed.
             const int64_t row = order_[image][begin + (i < rows ? i : 0)];
-            target[m * kBlock + i] = source[(image * count + row) * classes_ + m];
+            target[m * kBlock + i] = static_cast<T>(source[(image * count + row) * classes_ + m]);
             uniform = uniform && target[m * kBlock + i] == target[m * kBlock];
           }
         }
