@@ -17,7 +17,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("monai")
