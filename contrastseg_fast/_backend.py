@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 try:
-    from contrastseg_fast import _C  # noqa: F401  registers the CPU kernels
-
+    importlib.import_module("contrastseg_fast._C")  # registers the CPU kernels
     _CPU_ERROR: str | None = None
 except ImportError as error:
     _CPU_ERROR = str(error)
