@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _LONGEST_PATTERN = 2048
+_SIMPLE_DENOMINATOR = 8
 
 Interval = tuple[int, int]  # pixels [low, high)
 
@@ -37,8 +38,7 @@ class Boxes:
 
     def __getitem__(self, index: int) -> Interval | None:
         turn, phase = divmod(index, len(self.pattern))
-        box = self.pattern[phase]
-        return box and (box[0] + turn * self.shift, box[1] + turn * self.shift)
+        return _moved(self.pattern[phase], turn * self.shift)
 
     def pull(self, taps: Callable[[int], Iterable[int]], period: int = 1, shift: int = 1) -> Boxes:
         """The hulls of the boxes `taps(j)`, for every j; `taps(j + period)` must be `taps(j) + shift`."""
@@ -51,7 +51,7 @@ class Boxes:
         return self if step == 1 else self.pull(lambda j: (j * step,), 1, step)
 
     def union(self, other: Boxes, count: int) -> Boxes:
-        """The hulls of both's boxes; if strides differ, of a cover of them outside the indices [0, count)."""
+        """The hulls of both's boxes; if their strides differ, those of the indices [0, count) continued."""
         if not any(other.pattern):
             return self
         if not any(self.pattern):
@@ -60,14 +60,13 @@ class Boxes:
             length = math.lcm(len(self.pattern), len(other.pattern))
             pattern = tuple(_hull((self[i], other[i])) for i in range(length))
             return _shortest(pattern, self.shift * length // len(self.pattern))
-        covers = [
-            self.cover(stride, count).union(other.cover(stride, count), count)
-            for stride in (self.stride, other.stride)
-        ]
-        cover = min(covers, key=lambda boxes: (boxes.grid(count)[0], boxes.stride.denominator))
-        length = 2 * count + -2 * count % cover.stride.denominator  # its second half serves below 0 too
+        stride = min(self.stride, other.stride, key=lambda stride: stride.denominator)
+        length = 2 * count + -2 * count % stride.denominator
         hulls = [_hull((self[i], other[i])) for i in range(count)]
-        return _shortest((*hulls, *(cover[i] for i in range(count, length))), int(cover.stride * length))
+        beyond = length - count
+        after = [_moved(hulls[-1], math.floor(k * stride)) for k in range(1, beyond - beyond // 2 + 1)]
+        before = [_moved(hulls[0], math.floor((length - k) * stride)) for k in range(beyond // 2, 0, -1)]
+        return _shortest((*hulls, *after, *before), int(stride * length))
 
     def cover(self, stride: Fraction, count: int) -> Boxes:
         """The smallest boxes of equal size, `stride` apart, that hold those of the indices [0, count)."""
@@ -82,14 +81,24 @@ class Boxes:
         return self.cover(self.stride.limit_denominator(_LONGEST_PATTERN), count)
 
     def grid(self, count: int) -> tuple[int, Fraction, Fraction]:
-        """Size, stride and start of the smallest equal boxes that hold those of the indices [0, count)."""
-        size, start = _grid(((i, self[i]) for i in range(count)), self.stride)
-        return size, self.stride, start
+        """Size, stride and start of the smallest equal boxes that hold those of the indices [0, count).
+
+        Their stride is these boxes' stride, or a simple fraction near it that needs no larger size.
+        """
+        boxes = [(i, self[i]) for i in range(count)]
+        strides = {self.stride, self.stride.limit_denominator(_SIMPLE_DENOMINATOR) or self.stride}
+        fits = [(*_grid(boxes, stride), stride) for stride in strides]
+        size, start, stride = min(fits, key=lambda fit: (fit[0], fit[2].denominator))
+        return size, stride, start
 
 
 def _hull(boxes: Iterable[Interval | None]) -> Interval | None:
     seen = [box for box in boxes if box is not None]
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
+
+
+def _moved(box: Interval | None, pixels: int) -> Interval | None:
+    return box and (box[0] + pixels, box[1] + pixels)
 
 
 def _shortest(pattern: tuple[Interval | None, ...], shift: int) -> Boxes:

@@ -38,6 +38,8 @@ _ELEMENTWISE = frozenset([
 
 def is_elementwise(func: torch._ops.OpOverload) -> bool:
     """Whether each element of the results is made of the elements at its place; in-place forms included."""
+    if func.namespace != "aten":
+        return torch.Tag.pointwise in func.tags
     name = func.overloadpacket.__name__.removesuffix("_")
     packet = getattr(torch.ops.aten, name, func.overloadpacket)
     tagged = any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
@@ -45,8 +47,8 @@ def is_elementwise(func: torch._ops.OpOverload) -> bool:
 
 
 def makes_constant(name: str) -> bool:
-    """Whether an operator takes only the shape of its argument."""
-    return name.endswith("_like") or name.startswith("new_")
+    """Whether an operator takes only the shape of its argument; other libraries' names have a dot."""
+    return "." not in name and (name.endswith("_like") or name.startswith("new_"))
 
 
 def elementwise(fields: Iterable[Field], shape: Sequence[int], axes: int) -> Field:
@@ -218,7 +220,9 @@ def _as_strided(
     offset = 0 if storage_offset is None else storage_offset - int(source.storage_offset())
     first = [0] * source.ndim
     by_stride = sorted(
-        (dim for dim in range(source.ndim) if strides[dim]), key=strides.__getitem__, reverse=True
+        (dim for dim in range(source.ndim) if strides[dim] and source.shape[dim] > 1),
+        key=strides.__getitem__,
+        reverse=True,
     )
     for dim in by_stride:
         first[dim], offset = divmod(offset, strides[dim])

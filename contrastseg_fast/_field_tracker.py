@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from contrastseg_fast import _field_rules as rules
 from contrastseg_fast._field_algebra import Field, Unbounded
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
@@ -67,15 +68,13 @@ class FieldTracker(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
         if func.namespace == "prim":  # questions such as which device a tensor is on
             return func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # made of other operators, but kept whole in inference mode
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace != "aten":
             name = f"{func.namespace}.{name}"
         elementwise = rules.is_elementwise(func)
-        if not (elementwise or name in rules.MOVES or name in rules.RULES or rules.makes_constant(name)):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
         known = {id(tensor): self.field_of(tensor) for tensor in _tensors((args, kwargs))}
         bound, written = _bind(func, args, kwargs)
         source = bound.get("self")

@@ -382,8 +382,10 @@ def _as_map(field: Field) -> Field:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, containers in them, hooks and random generators; run compiled parts uncompiled, and
-    leave warnings to the model's real runs."""
+    """Put back attributes, containers in them, hooks and random generators.
+
+    Meanwhile compiled parts run uncompiled, and warnings are left to the model's real runs.
+    """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     containers = {id(c): (c, copy.copy(c)) for _, values in attributes for c in _containers(values, set())}
     python_random, numpy_random = random.getstate(), np.random.get_state()  # noqa: NPY002
