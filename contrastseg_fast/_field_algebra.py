@@ -113,8 +113,7 @@ def _shortest(pattern: tuple[Interval | None, ...], shift: int) -> Boxes:
 
 
 def _grid(boxes: Iterable[tuple[int, Interval | None]], stride: Fraction) -> tuple[int, Fraction]:
-    """The least size of boxes that start at `floor(start + i * stride)`, and a start in the middle of those
-    that allow it."""
+    """The least size of boxes that start at `floor(start + i * stride)`, and a start that allows it."""
     seen = [(i, box) for i, box in boxes if box is not None]
     if not seen:
         return 0, Fraction(0)
@@ -186,18 +185,14 @@ class Field:
         """The dimensions that an image axis lies along."""
         return {dim for dim in range(len(self.dims)) if axis in self.axes_of(dim)}
 
-    def unbounded(self, axes: Iterable[int] | None = None, reason: str = "") -> Field:
+    def unbounded(self, axes: Iterable[int] | None = None) -> Field:
         """The field, unbounded along the given axes; None means all axes that it sees."""
         lost = {a for a, seen in enumerate(self.seen) if seen is not None} if axes is None else set(axes)
-        seen = [
-            Unbounded(reason) if axis in lost and not isinstance(old, Unbounded) else old
-            for axis, old in enumerate(self.seen)
-        ]
-        return _field(self.dims, seen)
+        return self.join([Unbounded() if axis in lost else None for axis in range(len(self.seen))])
 
-    def lost(self, shape: Sequence[int], reason: str = "") -> Field:
+    def lost(self, shape: Sequence[int]) -> Field:
         """The field of a tensor of which it is only known that this one went into it."""
-        return Field.constant(shape, len(self.seen)).join(self.unbounded(reason=reason).seen)
+        return Field.constant(shape, len(self.seen)).join(self.unbounded().seen)
 
     def explained(self, reason: str) -> Field:
         """The field, with a reason where it became unbounded without one."""
@@ -244,7 +239,7 @@ class Field:
         pairs = zip(self.seen, other, strict=True)
         return _field(
             self.dims,
-            [b if isinstance(b, Unbounded) and not isinstance(a, Unbounded) else a for a, b in pairs],
+            [a if isinstance(a, Unbounded) or not isinstance(b, Unbounded) else b for a, b in pairs],
         )
 
     def expand(self, shape: Sequence[int]) -> Field:

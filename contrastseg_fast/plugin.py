@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -279,18 +279,20 @@ def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
     """The last encoder layer of each stride whose field is neither tiny nor most of the image."""
-    chosen: dict[int, LayerRun] = {}
-    deepest: int | Fraction = 1
+    maps: list[tuple[LayerRun, ReceptiveField, int | Fraction]] = []
     for run in _trace(model, example, None).values():
-        try:
+        with suppress(ValueError):  # not a feature map
             field = run.receptive_field
-        except ValueError:
-            continue
-        stride = max(field.stride)
-        if stride < deepest and not field.is_infinite:
+            if not field.is_infinite:
+                maps.append((run, field, max(field.stride)))
+    deepest = max((stride for _, _, stride in maps), default=1)
+    chosen: dict[int, LayerRun] = {}
+    at_the_bottom = False
+    for run, field, stride in maps:
+        if at_the_bottom and stride < deepest:
             break  # the decoder begins
+        at_the_bottom = stride == deepest
         fits = all(size <= extent / 2 for size, extent in zip(field.size, example.shape[2:], strict=True))
-        deepest = max(deepest, stride)
         if run.name and stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
             chosen[int(stride)] = run
     if not chosen:
