@@ -85,6 +85,7 @@ def slices(volume: Volume, numbers: Sequence[int], outcomes: dict[str, Outcome],
     shown = [next(iter(outcomes))]
     gated = [name for name, outcome in outcomes.items() if outcome.uncertainty is not None]
     shown += [name for name in gated[-1:] if name not in shown]
+    uncertainty = outcomes[gated[-1]].uncertainty if gated else None
     rows = ["CT", "ground truth", *shown, *([f"uncertainty\n({gated[-1]})"] if gated else [])]
     colours = class_colours(volume.num_classes)
     palette = ListedColormap(colours)
@@ -100,11 +101,10 @@ def slices(volume: Volume, numbers: Sequence[int], outcomes: dict[str, Outcome],
                 _ct(axis, volume.image[number])
                 foreground = np.ma.masked_equal(classes, 0)
                 axis.imshow(foreground, palette, vmin=0, vmax=len(colours) - 1, interpolation="nearest")
-            if gated:
-                uncertainty = outcomes[gated[-1]].uncertainty
-                assert uncertainty is not None
-                picture = axes[-1, column].imshow(uncertainty[position].numpy(), "magma", vmin=0, vmax=1)
-        if gated:
+            if uncertainty is not None:
+                least = np.floor(10 * uncertainty.min().item()) / 10
+                picture = axes[-1, column].imshow(uncertainty[position].numpy(), "magma", vmin=least, vmax=1)
+        if uncertainty is not None:
             figure.colorbar(picture, ax=axes[-1], shrink=0.9, pad=0.01)
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
@@ -153,7 +153,7 @@ def affinity(layers: dict[str, Hidden], position: int, class_names: Sequence[str
     palette = ListedColormap(colours)
     classes = dominant[order].numpy()[:, None]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.7 * len(panels) + 0.4, 4.1), layout="constrained")
+        figure = Figure(figsize=(3.7 * len(panels) + 0.4, 3.7), layout="constrained")
         for axis, (name, matrix) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             scale, least = ("RdBu_r", -1) if name.startswith("cosine") else ("viridis", 0)
             picture = axis.imshow(matrix.numpy(), scale, vmin=least, vmax=1)

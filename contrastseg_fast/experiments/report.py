@@ -21,8 +21,8 @@ PICTURES = {
         "of their patches."
     ),
     "affinity.png": (
-        "Affinity w (Eq. 3) of the vectors of one held-out slice at stride 4, sorted by class and ratio, "
-        "and the cosines of the same vectors."
+        "Affinity w (Eq. 3, with the class distance 'tv') of the vectors of one held-out slice at stride 4, "
+        "sorted by class and ratio, and the cosines of the same vectors."
     ),
     "time_and_memory.png": "Loss and gradient of one image over N. The reference holds N x N matrices.",
 }

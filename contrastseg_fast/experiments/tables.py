@@ -31,7 +31,7 @@ class Table:
             for first, *rest in lines
         ]
         return "\n".join(
-            [self.title, textwrap.indent("\n".join([*shown, textwrap.fill(self.note, 100)]), "  "), ""]
+            [self.title, textwrap.indent("\n".join([*shown, *textwrap.wrap(self.note, 100)]), "  "), ""]
         )
 
     def html(self) -> str:
@@ -81,7 +81,9 @@ def _classes(runs: dict[str, Any]) -> Table:
     dice = {name: run["scores"]["dice_of_class"] for name, run in runs.items()}
     classes = list(next(iter(dice.values())))
     rows = [[name, *(_number(of_class[c], "{:.3f}") for c in classes)] for name, of_class in dice.items()]
-    return Table("Dice of each class", ["run", *classes], rows, "A dash: no held-out slice has the class.")
+    absent = any(value is None for of_class in dice.values() for value in of_class.values())
+    note = "A dash: no held-out slice has the class." if absent else ""
+    return Table("Dice of each class", ["run", *classes], rows, note)
 
 
 def _steps(seconds: dict[str, float], batch_size: int) -> Table:
@@ -117,7 +119,7 @@ def _comparison(comparison: list[dict[str, Any]]) -> Table:
         )
     return Table(
         "Fast against reference loss",
-        ["N", "loss", "difference", "gradient's", "fast, ms", "reference, ms", "fast, MB", "reference, MB"],
+        ["N", "loss", "difference", "of gradient", "fast, ms", "reference, ms", "fast, MB", "reference, MB"],
         rows,
         "Loss and gradient of one image with 64 channels, fp32, random vectors, and the ratios of real "
         "patches. Differences are relative. Times are medians; the two take turns. Memory: how far the "
