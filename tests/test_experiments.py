@@ -314,6 +314,7 @@ class TestReport:
 
 class TestDemo:
     def run(self, data: Path, out: Path, **changes: Any) -> tuple[int, dict[str, Any], str]:
+        out.mkdir(exist_ok=True)
         settings = replace(TINY, data=data, out=out, **changes)
         status = demo.run_demo(settings, load_volume(data))
         return status, json.loads((out / "results.json").read_text()), (out / "index.html").read_text()
@@ -376,11 +377,16 @@ class TestDemo:
         assert "Interrupted" in capsys.readouterr().err
 
     def test_command_line_refuses_bad_input(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for arguments in (["--steps", "0"], ["--data", str(tmp_path / "none.npz")]):
+        (tmp_path / "file").touch()
+        for option, value in (("--steps", "0"), ("--seed", "-1"), ("--data", "none.npz"), ("--out", "file")):
+            if option in ("--data", "--out"):
+                value = str(tmp_path / value)
             with pytest.raises(SystemExit) as error:
-                demo.main(["--out", str(tmp_path / "out"), *arguments])
+                demo.main(["--out", str(tmp_path / "out"), option, value])
             assert error.value.code == 2
-            assert arguments[0] in capsys.readouterr().err
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert f"error: {option}: " in message
+            assert value in message
         assert not (tmp_path / "out").exists()
 
 

@@ -36,7 +36,9 @@ def compare(data: Path, num_vectors: int, seed: int) -> dict[str, Any]:
     arguments = ["--data", str(data), "--num-vectors", str(num_vectors), "--seed", str(seed)]
     command = [sys.executable, "-m", "contrastseg_fast.experiments.compare", *arguments]
     result: dict[str, Any] = {"num_vectors": num_vectors, "fast": {}, "reference": {}}
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    process = subprocess.run(  # in a session of its own: Ctrl-C is for the demo, which ends it quietly
+        command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
+    )
     for line in process.stdout.splitlines():
         name, found = json.loads(line)
         result[name] = {**result[name], **found} if isinstance(found, dict) else found

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from contrastseg_fast import _backend
+from contrastseg_fast import __version__, _backend
 from contrastseg_fast.experiments import figures, report
 from contrastseg_fast.experiments.compare import SIZES, compare
 from contrastseg_fast.experiments.data import BUNDLED, Volume, augmented_batches, load_volume, split_slices
@@ -49,7 +49,7 @@ class Settings:
     tsne_points: int = 1200
 
 
-QUICK = Settings(steps=60, sizes=(128, 512, 2048), timing_rounds=5, tsne_points=400)
+QUICK = Settings(steps=40, sizes=(128, 512, 2048), timing_rounds=3, tsne_points=400)
 
 
 Tick = Callable[[], object]
@@ -102,12 +102,12 @@ class Demo:
         timed = len(RUNS) * (self.settings.timing_rounds + 1) + REFERENCE_ROUNDS + 1
         return [
             *(Stage(f"training: {run.name}", steps, steps, partial(self.train, run)) for run in RUNS),
+            Stage("drawing", 100, 2, self.draw),
             Stage("timing a step", timed + 20 * REFERENCE_ROUNDS, timed, self.time_steps),
             *(
                 Stage(f"comparing: N = {n}", 30 + n**2 / 5e5, 1, partial(self.compare, n))
                 for n in self.settings.sizes
             ),
-            Stage("drawing", 100, 3, self.draw),
         ]
 
     def train(self, run: Run, tick: Tick) -> None:
@@ -167,31 +167,30 @@ class Demo:
         report.write(self.results, out)
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if cpuinfo.exists()
-        else []
-    )
     return {
-        "processor": models[0].partition(":")[2].strip()
-        if models
-        else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("contrastseg_fast", "torch", "monai", "scikit-learn", "numpy")},
+        "contrastseg_fast": __version__,
+        **{name: version(name) for name in ("torch", "monai", "scikit-learn", "numpy")},
         "kernels": "C++" if _backend.has_cpu_extension() else "plain PyTorch",
     }
 
 
 def run_demo(settings: Settings, volume: Volume) -> int:
-    """Run all stages, keep what is done at Ctrl-C, print the tables; returns the exit status."""
+    """Run all stages into the folder `settings.out`, keep what is done at Ctrl-C; returns the exit status."""
     torch.use_deterministic_algorithms(True)
-    settings.out.mkdir(parents=True, exist_ok=True)
     for name in report.PICTURES:  # of an earlier run
         (settings.out / name).unlink(missing_ok=True)
     demo = Demo(settings, volume)
@@ -233,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     settings = replace(QUICK if args.quick else Settings(), out=args.out, data=args.data, seed=args.seed)
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed: expected a number from 0 to 2**32 - 1, got {args.seed}")
     if args.steps is not None:
         if args.steps < 1:
             parser.error(f"--steps: expected at least 1, got {args.steps}")
@@ -241,6 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         volume = load_volume(settings.data)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return run_demo(settings, volume)
 
 
