@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
+import os
+import warnings
 
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+_LEAST_TRITON = (3, 6)
+_LEAST_CAPABILITY = (8, 0)  # of the card, for the Triton and CUDA kernels
 
 try:
     importlib.import_module("contrastseg_fast._C")  # registers the CPU kernels
@@ -20,33 +28,87 @@ def has_cpu_extension() -> bool:
     return _CPU_ERROR is None
 
 
-def check(op: str, backend: str, device: torch.device) -> None:
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def cuda_library_error() -> str | None:
+    """Why the compiled CUDA kernels are not there, or None; loads them where torch has CUDA."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        importlib.import_module("contrastseg_fast._C_cuda")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Why Triton cannot be used, or None; Triton itself is not imported."""
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA cards"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
+        return f"Triton {'.'.join(map(str, _LEAST_TRITON))} or later is needed, {version} is installed"
+    return None
+
+
+@functools.cache
+def card_error(index: int) -> str | None:
+    """Why the card of this index cannot run the GPU kernels, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
+        return (
+            f"compute capability {needed} or later is needed, {torch.cuda.get_device_name(index)} has {found}"
+        )
+    return None
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why the `"triton"` or `"cuda"` kernels cannot run on a CUDA device, or None if they can."""
+    missing = triton_error() if backend == "triton" else cuda_library_error()
+    if missing is not None:
+        return missing
+    return card_error(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Tell the user, the first time only."""
+    warnings.warn(f"contrastseg_fast: {message}", RuntimeWarning, stacklevel=2)
+
+
+def check(op: str, backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")) -> None:
     """Raise unless `backend` can run `op` on tensors of `device`; `"auto"` always can.
 
+    Args:
+        kernels: the backends that `op` has kernels for, besides the reference.
+
     Raises:
-        ValueError: `backend` is unknown, or does not serve `device`.
-        RuntimeError: `backend` serves `device` but is not installed.
+        ValueError: `backend` is unknown, does not have this op, or does not serve `device`.
+        RuntimeError: `backend` serves `device` but is not installed, or the card is too old.
     """
-    match backend:
-        case "auto" | "reference":
-            return
-        case "cpu":
-            if device.type != "cpu":
-                raise ValueError(
-                    f"backend: {op} with backend='cpu' expects CPU tensors, got {device.type} tensors"
-                )
-            if _CPU_ERROR is not None:
-                raise RuntimeError(
-                    f"backend: {op} with backend='cpu' needs the C++ extension, which is not installed "
-                    f"({_CPU_ERROR}); reinstall with a C++ compiler, or use backend='auto'"
-                )
-        case "triton" | "cuda":
-            if device.type != "cuda":
-                raise ValueError(
-                    f"backend: {op} with backend={backend!r} expects CUDA tensors, got {device.type} tensors"
-                )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend in ("auto", "reference"):
+        return
+    kind = "cpu" if backend == "cpu" else "cuda"
+    if device.type != kind:
+        expected = f"expects {kind.upper()} tensors, got {device.type} tensors"
+        raise ValueError(f"backend: {op} with backend={backend!r} {expected}")
+    if backend not in kernels:
+        raise ValueError(f"backend: {op} expects one of {('auto', 'reference', *kernels)}, got {backend!r}")
+    if backend == "cpu":
+        if _CPU_ERROR is not None:
             raise RuntimeError(
-                f"backend: {op} has no {backend!r} kernels in this version; use backend='auto'"
+                f"backend: {op} with backend='cpu' needs the C++ extension, which is not installed "
+                f"({_CPU_ERROR}); reinstall with a C++ compiler, or use backend='auto'"
             )
-        case _:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    elif (reason := unavailable(backend, device)) is not None:
+        raise RuntimeError(f"backend: {op} with backend={backend!r} cannot run: {reason}; use backend='auto'")

@@ -271,7 +271,7 @@ def entropy_gate(
         tensor([[[[1., 2.]]]])
     """
     _check_gate(features, logits)
-    _backend.check("entropy_gate", backend, features.device)
+    _backend.check("entropy_gate", backend, features.device, ("cpu", "triton", "cuda"))
     match backend:
         case "reference":
             from contrastseg_fast import reference
