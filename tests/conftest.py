@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels then run on CPU tensors
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:

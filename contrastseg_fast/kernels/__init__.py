@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op; imported when an op first meets a CUDA tensor."""
