@@ -36,6 +36,14 @@ def positive_finite(name: str, value: Any) -> None:
         fail(name, "a positive, finite number", value)
 
 
+def not_negative(name: str, value: Any) -> None:
+    """Check a finite Python number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail_type(name, "a number", type(value).__name__)
+    if not (value >= 0 and math.isfinite(value)):
+        fail(name, "a finite number of at least 0", value)
+
+
 def integer(name: str, value: Any, minimum: int) -> None:
     """Check a Python integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -11,16 +12,26 @@ from torch import Tensor
 from contrastseg_fast import _backend, _checks
 from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
 from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
+from contrastseg_fast.ops import nt_xent as _nt_xent_op
 from contrastseg_fast.ops import pdcr as _pdcr_op
 from contrastseg_fast.sampling import sample_grid
 
-__all__ = ["entropy_gate", "foreground_ratio", "pdcr_loss", "repelled_fraction", "sample_grid"]
+__all__ = [
+    "entropy_gate",
+    "foreground_ratio",
+    "nt_xent_loss",
+    "pdcr_loss",
+    "repelled_fraction",
+    "sample_grid",
+    "warmup_weight",
+]
 
 AFFINITIES = ("ratio", "constant", "diagonal", "bipartite")
 CLASS_DISTANCES = ("mean", "sum", "tv")
 VARIANTS = ("paper", "released")
 REDUCTIONS = ("none", "mean", "sum")
 BORDERS = ("full", "clip", "background")
+WARMUPS = ("linear", "cosine", "sigmoid")
 
 _PAIRS_AT_ONCE = 1 << 22  # of all images, in repelled_fraction
 _RATIO_TOLERANCE = 1e-4
@@ -282,6 +293,99 @@ def entropy_gate(
     return (gated, uncertainty) if return_uncertainty else gated
 
 
+def nt_xent_loss(
+    a: Tensor, b: Tensor, *, temperature: float = 0.5, reduction: str = "mean", backend: str = "auto"
+) -> Tensor:
+    """The self-supervised contrastive loss that PDCR starts from, NT-Xent (Eqs. 1 and 2).
+
+    Of the 2B vectors v of both views, i and p(i) come from one image:
+
+        L = 1/2B sum_i -log( exp(s_ip(i) / tau) / sum_{k != i} exp(s_ik / tau) )     s_ij = cos(v_i, v_j)
+
+    2B x 2B is never stored. A vector of length zero has s = 0 and gets gradient 0.
+
+    Args:
+        a: vectors of the first view of every image `(B, C)`, or of groups of images that are contrasted
+            among themselves alone `(G, B, C)`; fp32, bf16, fp16 or fp64.
+        b: those of the second view, of the same shape and dtype.
+        temperature: tau.
+        reduction: `"mean"` (L, averaged over groups), `"none"` (L of each group) or `"sum"` (2B L, summed
+            over groups).
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; only `"auto"` chooses by itself.
+
+    Returns:
+        the loss, a scalar, or `(G,)` for `reduction="none"` of groups; fp32, or fp64 for fp64 vectors; 0
+        without images. It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError: the backend is not installed.
+
+    Example:
+        >>> a, b = torch.eye(2), torch.eye(2)
+        >>> nt_xent_loss(a, b)
+        tensor(0.2395)
+    """
+    _check_views(a, b)
+    _checks.positive_finite("temperature", temperature)
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    _backend.check("nt_xent_loss", backend, a.device)
+    match backend:
+        case "reference":
+            from contrastseg_fast import reference
+
+            return reference.nt_xent_loss(a, b, temperature=temperature, reduction=reduction)
+        case _:
+            vectors = torch.cat([a, b], -2)
+            grouped = vectors if vectors.ndim == 3 else vectors[None]
+            loss, _ = _nt_xent_op.nt_xent_forward(grouped, temperature)
+    match reduction:
+        case "none":
+            return loss if a.ndim == 3 else loss[0]
+        case "sum":
+            return loss.sum() * vectors.shape[-2]
+        case _:
+            return loss.sum() / max(1, loss.shape[0])
+
+
+def warmup_weight(step: float, weight: float, warmup_steps: float, kind: str = "linear") -> float:
+    """The weight of a regularizer that is faded in, so that a network first learns to segment.
+
+        linear: t        cosine: (1 - cos(pi t)) / 2        sigmoid: exp(-5 (1 - t)^2)
+
+    times `weight`, with t = step / warmup_steps and at most 1.
+
+    Args:
+        step: where training is, in steps or epochs, from 0; fractions are fine.
+        weight: the weight after the warm-up.
+        warmup_steps: length of the warm-up, in the unit of `step`; 0 means none.
+        kind: `"linear"`, `"cosine"`, or `"sigmoid"`, the ramp-up of semi-supervised learning, which begins
+            at 0.0067 of the weight.
+
+    Returns:
+        the weight at that step.
+
+    Raises:
+        TypeError, ValueError: an argument is not a number, is negative or not finite, or the kind is unknown.
+
+    Example:
+        >>> [round(warmup_weight(epoch, 0.01, 10), 4) for epoch in (0, 5, 10, 100)]
+        [0.0, 0.005, 0.01, 0.01]
+    """
+    _checks.not_negative("step", step)
+    _checks.not_negative("weight", weight)
+    _checks.not_negative("warmup_steps", warmup_steps)
+    _checks.one_of("kind", kind, WARMUPS)
+    t = min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+    match kind:
+        case "linear":
+            return weight * t
+        case "cosine":
+            return weight * (1 - math.cos(math.pi * t)) / 2
+        case _:
+            return weight * math.exp(-5 * (1 - t) ** 2)
+
+
 class _PairForm(NamedTuple):
     """What the pdcr operator computes: distances between labels, and weights affine in them."""
 
@@ -447,3 +551,14 @@ def _check_gate(features: Tensor, logits: Tensor) -> None:
     _checks.same_device("logits", logits, "features", features)
     if logits.shape[1] < 2:
         _checks.fail("logits", "at least 2 classes", f"shape {tuple(logits.shape)}")
+
+
+def _check_views(a: Tensor, b: Tensor) -> None:
+    _checks.tensor("a", a, (2, 3), "(B, C) or (G, B, C)")
+    _checks.tensor("b", b, (2, 3), "(B, C) or (G, B, C)")
+    _checks.dtype("a", a, _checks.FLOAT_DTYPES)
+    _checks.dtype("b", b, (a.dtype,))
+    _checks.shape("b", b, a.shape, "that of a")
+    _checks.same_device("b", b, "a", a)
+    if a.shape[-1] == 0:
+        _checks.fail("a", "at least one channel", f"shape {tuple(a.shape)}")

@@ -28,6 +28,7 @@ __all__ = [
     "cosine_similarity",
     "entropy_gate",
     "foreground_ratio",
+    "nt_xent_loss",
     "pdcr_loss",
     "repelled_fraction",
     "sample_grid",
@@ -228,6 +229,25 @@ def repelled_fraction(
     pair_counts = (valid[:, :, None] & valid[:, None, :]).tril(-1)  # each pair once
     num_pairs = num_vectors * (num_vectors - 1) // 2
     return (repels & pair_counts).sum((1, 2)) / num_pairs.clamp(min=1)
+
+
+def nt_xent_loss(a: Tensor, b: Tensor, *, temperature: float = 0.5, reduction: str = "mean") -> Tensor:
+    """Eqs. 1 and 2: L = 1/2B sum_i -log( exp(s_ip(i) / tau) / sum_{k != i} exp(s_ik / tau) ), by groups."""
+    logits = cosine_similarity(_upcast(torch.cat([a, b], -2))) / temperature  # ([G,] 2B, 2B)
+    count = logits.shape[-1]
+    itself = torch.eye(count, dtype=torch.bool, device=logits.device)
+    log_z = logits.masked_fill(itself, -math.inf).logsumexp(-1)
+    positive = logits.diagonal(count // 2, -2, -1)  # s_ip(i) / tau of the first view, and of the second
+    total = log_z.sum(-1) - 2 * positive.sum(-1)
+    match reduction:
+        case "none":
+            return total / max(1, count)
+        case "sum":
+            return total.sum()
+        case "mean":
+            return (total / max(1, count)).sum() / max(1, total.numel())
+        case _:
+            raise ValueError(f"reduction: {reduction!r} is not known")
 
 
 @overload
