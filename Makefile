@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OTHER := .venv-integrations
+OTHER_BIN := $(OTHER)/bin
+OTHER_TORCH := $(OTHER)/.torch
+OTHER_READY := $(OTHER)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-integrations bench lint clean
 
 setup: $(READY)
 
@@ -20,6 +24,21 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The newest torch and the frameworks, with the package installed there as users install it.
+$(OTHER_TORCH):
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER_BIN)/pip install -q torch torchvision "setuptools>=77" wheel ninja numpy
+	touch $@
+
+$(OTHER_READY): $(OTHER_TORCH) pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
+	printf '[build]\nbuild_base = $(OTHER)/build\n' > $(OTHER)/build.cfg
+	DIST_EXTRA_CONFIG=$(OTHER)/build.cfg $(OTHER_BIN)/pip install -q --no-build-isolation ".[integrations]"
+	touch $@
+
+# Without the repository on the path, so that tests import the installed package.
+test-integrations: $(OTHER_READY)
+	PYTHONSAFEPATH=1 $(OTHER_BIN)/pytest -o pythonpath= tests --ignore tests/test_benchmarks.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
