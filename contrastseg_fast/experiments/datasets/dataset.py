@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast.experiments.datasets.folder import DataError
-from contrastseg_fast.experiments.datasets.splits import Split, split_cases
+from contrastseg_fast.experiments.datasets.splits import Split, describe_split, split_cases
 
 ON_ERROR = ("raise", "skip")
 
@@ -78,7 +78,6 @@ class Dataset:
         spatial_dims: 2 or 3.
         in_channels: channels of every image.
         cases: in the order of their names.
-        protocol: the split's protocol in a sentence.
         on_error: what `load` does with a case that cannot be read, "raise" or "skip".
         skipped: what was wrong with the cases left out when the folder was opened.
         remarks: what `check` reports about the folder as a whole.
@@ -89,7 +88,6 @@ class Dataset:
     spatial_dims: int
     in_channels: int
     cases: tuple[Case, ...]
-    protocol: str
     on_error: str = "raise"
     skipped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -98,6 +96,11 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes, the background included."""
         return len(self.class_names)
+
+    @property
+    def protocol(self) -> str:
+        """Where the test and the validation part of `splits` come from, in words."""
+        return describe_split(self.cases)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -128,16 +131,17 @@ class Dataset:
         names what was left out; with "raise" it raises DataError.
         """
         problems = Problems(self.on_error)
-        chosen = self.cases if names is None else tuple(self[name] for name in names)
-        for case in chosen:
+        kept = 0
+        for case in self.cases if names is None else [self[name] for name in names]:
             sample = None
             with problems.skipping():
                 sample = case.load()
             if sample is not None:
+                kept += 1
                 yield case, sample
-        problems.warn(self.name, len(chosen))
+        problems.warn(self.name, kept)
 
-    def check(self, progress: Callable[[Sequence[Case]], Iterator[Case]] = iter) -> list[str]:
+    def check(self, progress: Callable[[Sequence[Case]], Iterable[Case]] = iter) -> list[str]:
         """Read every case, and say all that is wrong or doubtful, an entry each; empty if all is well.
 
         Args:
@@ -178,10 +182,12 @@ class Problems:
                 raise
             self.found.append(str(error))
 
-    def warn(self, name: str, total: int) -> None:
+    def warn(self, name: str, kept: int) -> None:
         """Count and name what was left out, in one warning."""
         if not self.found:
             return
         shown = "\n  ".join(self.found[:5])
         rest = f"\n  and {len(self.found) - 5} more" if len(self.found) > 5 else ""
-        warnings.warn(f"{name}: {len(self.found)} problems, {total} cases:\n  {shown}{rest}", stacklevel=3)
+        warnings.warn(
+            f"{name}: {len(self.found)} left out, {kept} cases kept:\n  {shown}{rest}", stacklevel=3
+        )

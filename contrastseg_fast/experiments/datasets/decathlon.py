@@ -46,7 +46,6 @@ def read(folder: Folder, problems: Problems) -> Dataset:
         class_names=class_names,
         in_channels=len(modalities),
         spatial_dims=3,
-        protocol="five folds, those of nnU-Net v2",
         remarks=_remarks(index, folder, entries),
     )
 
@@ -56,7 +55,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise DataError(path, f"at most {MAX_INDEX_BYTES} bytes", path.stat().st_size)
     try:
         index = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(path, "JSON", error) from error
     if not isinstance(index, dict):
         raise DataError(path, "a JSON object", type(index).__name__)

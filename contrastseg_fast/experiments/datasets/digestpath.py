@@ -35,7 +35,6 @@ def read(folder: Folder, problems: Problems, negatives: bool = True) -> Dataset:
         name="digestpath",
         class_names=("background", "lesion"),
         in_channels=3,
-        protocol="five folds by patient, as far as file names tell one",
     )
 
 

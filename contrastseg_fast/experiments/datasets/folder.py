@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -56,8 +57,8 @@ class Folder:
         path = self.root / relative
         try:
             resolved = path.resolve()
-        except (OSError, RuntimeError) as error:  # a loop of links
-            raise DataError(path, "a path inside the folder", error) from error
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no name in this file system
+            raise DataError(self.root, "paths inside this folder", f"{relative!r} ({error})") from error
         if not resolved.is_relative_to(self.root):
             raise DataError(path, f"a path inside {self.root}", f"a link to {resolved}")
         return path
@@ -65,8 +66,12 @@ class Folder:
     def file(self, relative: str) -> Path:
         """The path of a regular file inside the folder; DataError where there is none."""
         path = self.path(relative)
-        if not path.is_file():
-            raise DataError(path, "a file", "something else" if path.exists() else "nothing there")
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise DataError(path, "a file", error.strerror) from error
+        if not stat.S_ISREG(mode):
+            raise DataError(path, "a file", "something else")
         return path
 
     def has(self, relative: str) -> bool:
@@ -76,9 +81,10 @@ class Folder:
     def names(self, relative: str) -> list[str]:
         """Names in a subfolder, sorted, without hidden ones (`.DS_Store`, `._x`)."""
         path = self.path(relative)
-        if not path.is_dir():
-            raise DataError(path, "a folder", "a file" if path.exists() else "nothing there")
-        return sorted(name for name in os.listdir(path) if not name.startswith("."))
+        try:
+            return sorted(name for name in os.listdir(path) if not name.startswith("."))
+        except OSError as error:
+            raise DataError(path, "a folder", error.strerror) from error
 
     def files(self, relative: str, suffixes: Sequence[str]) -> dict[str, str]:
         """Relative paths of the files with one of the suffixes in a subfolder, by their stems.

@@ -57,7 +57,6 @@ def read(folder: Folder, problems: Problems, parts: Parts, name: str) -> Dataset
     ISIC 2017: the official training, validation and test parts. Without its test folders either is split into
     five folds. Patients are not given.
     """
-    official = "the challenge's own parts; what is missing is drawn from the training part"
     return finish(
         folder,
         problems,
@@ -65,7 +64,6 @@ def read(folder: Folder, problems: Problems, parts: Parts, name: str) -> Dataset
         name=name,
         class_names=CLASS_NAMES,
         in_channels=3,
-        protocol=official,
     )
 
 

@@ -38,12 +38,18 @@ def wrong_folder(
     """The error for a folder in which the dataset is not, with the nearest folder in which it is."""
     expected = f"{layout.title},\n{layout.tree}\n"
     for nearby in _nearby(folder.root):
-        if layout.recognises(Folder(nearby), **options):
+        if _is(layout, Folder(nearby), options):
             return DataError(folder.root, expected, f"another folder; try {nearby}")
-    found = [name for name, other in others.items() if other is not layout and other.recognises(folder)]
-    names = sorted(path.name for path in folder.root.iterdir() if not path.name.startswith("."))
-    got = f"what looks like {found[0]!r}" if found else ", ".join(names[:8]) or "an empty folder"
+    found = [name for name, other in others.items() if _is(other, folder, {})]
+    got = f"what looks like {found[0]!r}" if found else ", ".join(folder.names(".")[:8]) or "an empty folder"
     return DataError(folder.root, expected, got)
+
+
+def _is(layout: Layout, folder: Folder, options: Mapping[str, Any]) -> bool:
+    try:
+        return layout.recognises(folder, **options)
+    except (DataError, OSError):  # links that lead out, folders that may not be read
+        return False
 
 
 def _nearby(root: Path) -> Iterator[Path]:
@@ -90,7 +96,6 @@ def finish(
     name: str,
     class_names: Sequence[str],
     in_channels: int,
-    protocol: str,
     spatial_dims: int = 2,
     remarks: Sequence[str] = (),
 ) -> Dataset:
@@ -106,7 +111,7 @@ def finish(
                 raise DataError(folder.root, f"one case named {case.name}", "two")
             case.files.check_headers()
             kept[case.name] = case
-    problems.warn(name, len(cases))
+    problems.warn(name, len(kept))
     if not kept:
         raise DataError(folder.root, "at least one case", "; ".join(problems.found[:3]) or "none")
     return Dataset(
@@ -115,7 +120,6 @@ def finish(
         spatial_dims,
         in_channels,
         tuple(kept[name] for name in sorted(kept)),
-        protocol,
         problems.on_error,
         tuple(problems.found),
         tuple(remarks),

@@ -39,7 +39,6 @@ def read(folder: Folder, problems: Problems) -> Dataset:
         name="montgomery",
         class_names=("background", "lung"),
         in_channels=1,
-        protocol="five folds by patient",
     )
 
 

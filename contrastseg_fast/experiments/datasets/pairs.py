@@ -62,7 +62,6 @@ def read(
         class_names=names,
         in_channels=in_channels,
         spatial_dims=3 if any(volumes) else 2,
-        protocol="five folds" if patient is None else "five folds by patient",
     )
 
 

@@ -30,14 +30,12 @@ def read(folder: Folder, problems: Problems, isic2016: str | os.PathLike[str] | 
     if not names:
         raise DataError(folder.root / images, "subfolders IMD002, IMD003, ...", "none")
     cases = [_case(folder, f"{images}/{name}", name) for name in names]
-    protocol = "five folds"
     if isic2016 is not None:
         other = Folder.at(isic2016)
         if not isic.recognises(other, isic.PARTS_2016):
             raise DataError(other.root, f"{isic.ISIC_2016.title},\n{isic.ISIC_2016.tree}\n", "another folder")
         cases = [replace(case, part="test") for case in cases]
         cases += isic.read_cases(other, problems, isic.PARTS_2016[:1])
-        protocol = "training on ISIC 2016's training part, test on all of PH2"
     return finish(
         folder,
         problems,
@@ -45,7 +43,6 @@ def read(folder: Folder, problems: Problems, isic2016: str | os.PathLike[str] | 
         name="ph2",
         class_names=isic.CLASS_NAMES,
         in_channels=3,
-        protocol=protocol,
     )
 
 

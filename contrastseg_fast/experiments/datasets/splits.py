@@ -45,6 +45,16 @@ def split_cases(cases: Sequence[Case], seed: int) -> Split:
     return Split(*(tuple(case.name for case in part) for part in (train, validation, test)))
 
 
+def describe_split(cases: Sequence[Case]) -> str:
+    """Which parts of a split are the dataset's own, and which are drawn."""
+    parts = {case.part for case in cases}
+    unit = "cases" if all(case.group is None for case in cases) else "patients"
+    own = "the dataset's own"
+    test = own if "test" in parts else f"one of five folds of {unit}"
+    validation = own if "validation" in parts else f"a tenth of the training {unit}"
+    return f"test: {test}; validation: {validation}"
+
+
 def _groups(cases: Sequence[Case]) -> list[str]:
     return sorted({_group(case) for case in cases})
 

@@ -1,14 +1,16 @@
-"""Volumes and labels in NIfTI files, read by nibabel; a header's claims are checked before memory is taken."""
+"""Volumes and labels in NIfTI files, read by nibabel; a header's claims are checked before allocation."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import nibabel
 import numpy as np
 import torch
+from nibabel.arrayproxy import ArrayProxy
 
 from contrastseg_fast.experiments.datasets.dataset import Sample
 from contrastseg_fast.experiments.datasets.folder import VOLUME_SUFFIXES, DataError, Folder, split_name
@@ -80,7 +82,7 @@ def open_volume(path: Path) -> nibabel.Nifti1Image:
         raise DataError(path, "three axes without length 0, and channels at most", f"shape {shape}")
     if dtype.kind not in "iuf":
         raise DataError(path, "real numbers", dtype)
-    _check_size(path, math.prod(map(int, shape)), dtype.itemsize, int(volume.header.get_data_offset()))
+    _check_size(path, math.prod(map(int, shape)), dtype.itemsize, cast(ArrayProxy, volume.dataobj).offset)
     return volume
 
 
