@@ -15,15 +15,28 @@ from contrastseg_fast import _backend, _checks, functional, sampling
 from contrastseg_fast.receptive_field import ReceptiveField
 
 NORMS = ("batch", "instance", "group", "none")
+PAIRS = ("image", "batch")
+PROJECTIONS = ("linear", "mlp")
+
+Layer = str | int  # name, or position, of a layer
+PatchSize = int | Sequence[int] | Mapping[Any, int | Sequence[int]] | None
 
 
 class LayerSamples(NamedTuple):
     """Vectors taken out of one layer's feature map."""
 
-    layer: str | int  # name, or position, of the layer
+    layer: Layer
     vectors: Tensor  # (B, N, C)
     indices: Tensor  # (N, D), where they lay in the map
     spatial_shape: tuple[int, ...]  # of the map
+
+
+class BoxContents(NamedTuple):
+    """What the labels hold in the boxes of a set of vectors."""
+
+    ratios: Tensor  # (B, N, M)
+    valid: Tensor  # (B, N), which of them take part
+    inside: Tensor  # (B, N, M), the ratios within the image, where these are needed; else `ratios`
 
 
 def finest(labels: Tensor | Sequence[Tensor]) -> Tensor:
@@ -35,14 +48,15 @@ class PDCRLoss(nn.Module):
     """Patch-dragsaw contrastive regularization of the features of several layers (Algorithm 1).
 
     Samples vectors from every feature map, finds the foreground ratios of their receptive fields in the
-    labels, and averages `pdcr_loss` over images and layers. It has no parameters, and computes in eval mode
-    as in training. Add it to the segmentation loss with a small weight, 0.01 for example; its strength goes
-    with weight / temperature.
+    labels, and averages `pdcr_loss` over images and layers. It has no parameters unless it projects, and
+    computes in eval mode as in training. Add it to the segmentation loss with a small weight, 0.01 for
+    example (`warmup_weight` fades it in); its strength goes with weight / temperature.
 
     The loss attracts vectors of alike boxes and repels the others. Where nearly all boxes look alike to it,
     all vectors end up alike, which `repelled_fraction` shows: so take layers of stride 2 to 4, or
     `patch_size` where receptive fields cover much of the image, and `class_distance="tv"` for more than two
-    classes.
+    classes. Decoder layers serve as well; their receptive fields hold those of the deepest layer, so that
+    they make sense with `patch_size` only.
 
     Args:
         receptive_fields: the box of every vector, by layer name or in the order of the layers.
@@ -55,13 +69,31 @@ class PDCRLoss(nn.Module):
         patch_size: extent of the boxes, in pixels, around the centres of the receptive fields; an integer,
             one per axis, or a mapping from layer to either, whose other layers keep their receptive fields.
             None keeps all.
-        affinity, class_distance, include_background, variant, reduction: as for `pdcr_loss`. `"bipartite"`
-            takes the label at the box's centre. `reduction="none"` gives `(B, layers)`.
+        patch_sizes: several such extents at once, each as `patch_size` takes it: (5, 7, 9) are three sizes,
+            ((3, 9, 9), (5, 15, 15)) are two with an extent per axis. The loss is the mean of those with each
+            size, of the same vectors; it costs as much as all of them.
+        pairs: which vectors make pairs: those of each image (`"image"`), or those of the whole batch
+            (`"batch"`): then B N vectors stand for N, and the valid ones of the batch for n_b, at the cost
+            of B^2 N^2 pairs. A process of data-parallel training sees its own batch alone.
+        cross_layers: groups of layers whose vectors make pairs with each other: `[("enc2", "enc3")]` makes
+            one set of the N1 + N2 vectors of both, each with the ratios of its own box, in which all pairs
+            count. Such a set counts as one layer in the average, and stands for its layers; a layer may be
+            in several. The layers of a group need equal channels, or a projection.
+        projection: a head for each layer that the vectors pass before the loss: `"linear"`, `"mlp"` (two
+            layers with a ReLU between, as wide as the layer), or None. Its parameters are those of this
+            module, in `projections`: optimize, save and move them with the model's.
+        projection_channels: width of the projected vectors.
+        in_channels: channels C of the layers, by layer or in their order, or one number for all; needed for
+            a projection, else checked where given.
+        affinity, class_distance, include_background, variant: as for `pdcr_loss`. `"bipartite"` takes the
+            label at the box's centre.
+        reduction: as for `pdcr_loss`, averaged over the layers. `"none"` gives `(B, layers)`; with
+            `pairs="batch"` B is 1, and with `cross_layers` the sets come after the layers that are in none.
         border: as for `foreground_ratio`.
         ignore_index: the label of pixels to leave out.
         min_valid_fraction: vectors with a smaller share of pixels that count take no part.
         skip_homogeneous: whether to leave out images whose boxes all look alike, such as crops of background,
-            whose vectors only attract each other.
+            whose vectors only attract each other; with `pairs="batch"`, whole batches.
         backend: as for `pdcr_loss`.
 
     Raises:
@@ -85,7 +117,13 @@ class PDCRLoss(nn.Module):
         temperature: float = 0.5,
         sampler: str = "grid",
         generator: torch.Generator | None = None,
-        patch_size: int | Sequence[int] | Mapping[Any, int | Sequence[int]] | None = None,
+        patch_size: PatchSize = None,
+        patch_sizes: Sequence[PatchSize] | None = None,
+        pairs: str = "image",
+        cross_layers: Sequence[Sequence[Layer]] = (),
+        projection: str | None = None,
+        projection_channels: int = 128,
+        in_channels: int | Sequence[int] | Mapping[Any, int] | None = None,
         affinity: str = "ratio",
         class_distance: str = "mean",
         include_background: bool = True,
@@ -98,19 +136,6 @@ class PDCRLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _checks.integer("num_classes", num_classes, 1)
-        if num_samples is not None:
-            _checks.integer("num_samples", num_samples, 1)
-        _checks.positive_finite("temperature", temperature)
-        _checks.one_of("sampler", sampler, sampling.SAMPLERS)
-        _checks.one_of("affinity", affinity, functional.AFFINITIES)
-        _checks.one_of("class_distance", class_distance, functional.CLASS_DISTANCES)
-        _checks.one_of("border", border, functional.BORDERS)
-        _checks.optional_integer("ignore_index", ignore_index)
-        _checks.fraction("min_valid_fraction", min_valid_fraction)
-        _checks.one_of("variant", variant, functional.VARIANTS)
-        _checks.one_of("reduction", reduction, functional.REDUCTIONS)
-        _checks.one_of("backend", backend, _backend.BACKENDS)
         self.receptive_fields = _named_fields(receptive_fields)
         self.num_classes = num_classes
         self.num_samples = num_samples
@@ -118,6 +143,11 @@ class PDCRLoss(nn.Module):
         self.sampler = sampler
         self.generator = generator
         self.patch_size = patch_size
+        self.patch_sizes = patch_sizes
+        self.pairs = pairs
+        self.cross_layers = cross_layers
+        self.projection = projection
+        self.projection_channels = projection_channels
         self.affinity = affinity
         self.class_distance = class_distance
         self.include_background = include_background
@@ -128,9 +158,46 @@ class PDCRLoss(nn.Module):
         self.variant = variant
         self.reduction = reduction
         self.backend = backend
-        self.boxes = _boxes(self.receptive_fields, patch_size)
+        self._check_options()
+        self.in_channels = _channels_by_layer(in_channels, list(self.receptive_fields))
+        self.boxes_by_size = _boxes_by_size(self.receptive_fields, patch_size, patch_sizes)
         if affinity == "bipartite":
-            self.boxes = {layer: box.centred(1) for layer, box in self.boxes.items()}
+            self.boxes_by_size = [
+                {layer: box.centred(1) for layer, box in boxes.items()} for boxes in self.boxes_by_size
+            ]
+        self.boxes = self.boxes_by_size[0]
+        self.vector_sets = _vector_sets(list(self.receptive_fields), cross_layers)
+        self.projections: nn.ModuleDict | None = None
+        if projection is not None:
+            if self.in_channels is None:
+                _checks.fail(
+                    "in_channels", f"the channels of every layer, for projection={projection!r}", None
+                )
+            self.projections = nn.ModuleDict(
+                {
+                    submodule_name(layer): _projection(projection, channels, projection_channels)
+                    for layer, channels in self.in_channels.items()
+                }
+            )
+
+    def _check_options(self) -> None:
+        _checks.integer("num_classes", self.num_classes, 1)
+        if self.num_samples is not None:
+            _checks.integer("num_samples", self.num_samples, 1)
+        _checks.positive_finite("temperature", self.temperature)
+        _checks.one_of("sampler", self.sampler, sampling.SAMPLERS)
+        _checks.one_of("pairs", self.pairs, PAIRS)
+        if self.projection is not None:
+            _checks.one_of("projection", self.projection, PROJECTIONS)
+        _checks.integer("projection_channels", self.projection_channels, 1)
+        _checks.one_of("affinity", self.affinity, functional.AFFINITIES)
+        _checks.one_of("class_distance", self.class_distance, functional.CLASS_DISTANCES)
+        _checks.one_of("border", self.border, functional.BORDERS)
+        _checks.optional_integer("ignore_index", self.ignore_index)
+        _checks.fraction("min_valid_fraction", self.min_valid_fraction)
+        _checks.one_of("variant", self.variant, functional.VARIANTS)
+        _checks.one_of("reduction", self.reduction, functional.REDUCTIONS)
+        _checks.one_of("backend", self.backend, _backend.BACKENDS)
 
     def forward(
         self,
@@ -142,7 +209,7 @@ class PDCRLoss(nn.Module):
 
         Args:
             features: a map `(B, C, *spatial)` for every layer, by name or in order; C may differ between
-                layers.
+                layers, except within `cross_layers` without a projection.
             labels: label map at the resolution of the network's input, as for `foreground_ratio`; of a list
                 (deep supervision) the first one.
             mask: which pixels count `(B, 1, *spatial)`, 0 where they do not; None means all.
@@ -169,7 +236,7 @@ class PDCRLoss(nn.Module):
             _checks.fail("features", f"one map for each of {len(layers)} layers", f"{len(maps)} maps")
         return maps
 
-    def sample(self, features: Tensor, layer: str | int) -> LayerSamples:
+    def sample(self, features: Tensor, layer: Layer) -> LayerSamples:
         """Take vectors out of one layer's feature map `(B, C, *spatial)`; the map itself is not kept.
 
         Args:
@@ -194,6 +261,8 @@ class PDCRLoss(nn.Module):
         name = f"features[{layer!r}]"
         _checks.tensor(name, features, (dims + 2,), f"(B, C, *spatial) with {dims} spatial axes")
         _checks.dtype(name, features, _checks.FLOAT_DTYPES)
+        if self.in_channels is not None and features.shape[1] != self.in_channels[layer]:
+            _checks.fail(name, f"in_channels={self.in_channels[layer]} channels", features.shape[1])
         spatial_shape = tuple(features.shape[2:])
         indices = sampling.sample(
             self.sampler, spatial_shape, self.num_samples, self.generator, features.device
@@ -221,61 +290,88 @@ class PDCRLoss(nn.Module):
             >>> pdcr.loss(samples, torch.zeros(1, 6, 6, dtype=torch.long))
             tensor(-0.6137)
         """
-        samples = list(samples)
-        if not samples:
+        by_layer = {sample.layer: sample for sample in samples}
+        if not by_layer:
             _checks.fail("samples", "at least one layer's samples", "none")
-        labels, ignore_index = self._prepare_labels(finest(labels), mask, samples)
-        layer_losses = []
-        for position, (layer, vectors, indices, _) in enumerate(samples):
-            validate = None if position == 0 else False
-            ratios, valid = self._ratios(self.boxes[layer], indices, labels, ignore_index, validate)
-            layer_losses.append(
-                functional.pdcr_loss(
-                    vectors,
-                    ratios,
-                    temperature=self.temperature,
-                    affinity=self.affinity,
-                    class_distance=self.class_distance,
-                    include_background=self.include_background and self.num_classes > 1,
-                    valid=valid,
-                    variant=self.variant,
-                    reduction=self.reduction,
-                    backend=self.backend,
-                )
-            )
-        losses = torch.stack(layer_losses, -1)
+        vector_sets = [layers for layers in self.vector_sets if any(layer in by_layer for layer in layers)]
+        if missing := [layer for layers in vector_sets for layer in layers if layer not in by_layer]:
+            _checks.fail("samples", f"samples of the layers {missing} too", list(by_layer))
+        labels, ignore_index = self._prepare_labels(finest(labels), mask, list(by_layer.values()))
+        vectors = {layer: self.project(sample.vectors, layer) for layer, sample in by_layer.items()}
+        contents: list[dict[Layer, BoxContents]] = []  # by the sizes of the boxes
+        validate = None  # the labels, the first time
+        for boxes in self.boxes_by_size:
+            contents.append({})
+            for layer, sample in by_layer.items():
+                contents[-1][layer] = self._count(boxes[layer], sample, labels, ignore_index, validate)
+                validate = False
+        set_losses = []
+        for layers in vector_sets:
+            _check_channels(layers, [vectors[layer] for layer in layers])
+            set_vectors = self._merge([vectors[layer] for layer in layers])
+            size_losses = []
+            for held in contents:
+                parts = zip(*(held[layer] for layer in layers), strict=True)
+                size_losses.append(self._set_loss(set_vectors, BoxContents(*map(self._merge, parts))))
+            set_losses.append(torch.stack(size_losses).mean(0))
+        losses = torch.stack(set_losses, -1)
         return losses if self.reduction == "none" else losses.mean()
 
-    def _ratios(
+    def project(self, vectors: Tensor, layer: Layer) -> Tensor:
+        """The vectors `(B, N, C)` of a layer behind its head, if there is one, in the head's dtype."""
+        if self.projections is None:
+            return vectors
+        head = self.projections[submodule_name(layer)]
+        return head(vectors.to(next(head.parameters()).dtype))
+
+    def _count(
         self,
         box: ReceptiveField,
-        indices: Tensor,
+        sample: LayerSamples,
         labels: Tensor,
         ignore_index: int | None,
         validate: bool | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The ratios `(B, N, M)` of the boxes, and which of them take part `(B, N)`."""
-        starts = box.starts(indices)
-        size = [int(extent) for extent in box.size]
-        num_classes = max(self.num_classes, 2)
+    ) -> BoxContents:
+        """What the boxes of one layer hold."""
         count = functools.partial(
             functional.foreground_ratio,
             labels,
-            starts,
-            size,
-            num_classes,
+            box.starts(sample.indices),
+            [int(extent) for extent in box.size],
+            max(self.num_classes, 2),
             ignore_index=ignore_index,
             backend=self.backend,
         )
         ratios, valid_fraction = count(border=self.border, validate=validate)
-        valid = valid_fraction >= self.min_valid_fraction
-        if self.skip_homogeneous and indices.shape[0] > 0:
+        inside = ratios
+        if self.skip_homogeneous and self.border != "clip":
+            inside, _ = count(border="clip", validate=False)
+        return BoxContents(ratios, valid_fraction >= self.min_valid_fraction, inside)
+
+    def _merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """One set of `(B, N, ...)` of several layers' parts, and of all images as if they were one."""
+        merged = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+        return merged.flatten(0, 1)[None] if self.pairs == "batch" else merged
+
+    def _set_loss(self, vectors: Tensor, contents: BoxContents) -> Tensor:
+        ratios, valid, inside = contents
+        if self.skip_homogeneous and valid.shape[1] > 0:
             # Inside the image: elsewhere a box at its rim may differ from one in its middle by the rim alone.
-            contents = ratios if self.border == "clip" else count(border="clip", validate=False)[0]
-            least = contents.masked_fill(~valid[..., None], math.inf).amin(1)
-            most = contents.masked_fill(~valid[..., None], -math.inf).amax(1)
+            least = inside.masked_fill(~valid[..., None], math.inf).amin(1)
+            most = inside.masked_fill(~valid[..., None], -math.inf).amax(1)
             valid = valid & (least < most).any(-1, keepdim=True)
-        return ratios, valid
+        return functional.pdcr_loss(
+            vectors,
+            ratios,
+            temperature=self.temperature,
+            affinity=self.affinity,
+            class_distance=self.class_distance,
+            include_background=self.include_background and self.num_classes > 1,
+            valid=valid,
+            variant=self.variant,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
 
     def _prepare_labels(
         self, labels: Tensor, mask: Tensor | None, samples: Sequence[LayerSamples]
@@ -310,9 +406,12 @@ class PDCRLoss(nn.Module):
         return labels, ignore_index
 
     def extra_repr(self) -> str:
-        lines = [f"boxes[{layer!r}]={box}" for layer, box in self.boxes.items()]
+        lines = []
+        for layer in self.boxes:
+            boxes = ", ".join(str(boxes[layer]) for boxes in self.boxes_by_size)
+            lines.append(f"boxes[{layer!r}]={boxes}")
         for name, parameter in inspect.signature(PDCRLoss.__init__).parameters.items():
-            if name not in ("self", "receptive_fields", "patch_size", "generator"):
+            if name not in ("self", "receptive_fields", "patch_size", "patch_sizes", "generator"):
                 value = getattr(self, name)
                 if value != parameter.default:
                     lines.append(f"{name}={value!r}")
@@ -423,8 +522,8 @@ def _norm(name: str, spatial_dims: int, channels: int) -> nn.Module:
 
 def _named_fields(
     receptive_fields: Mapping[str, ReceptiveField] | Sequence[ReceptiveField],
-) -> dict[str | int, ReceptiveField]:
-    fields: dict[str | int, ReceptiveField] = {}
+) -> dict[Layer, ReceptiveField]:
+    fields: dict[Layer, ReceptiveField] = {}
     if isinstance(receptive_fields, Mapping):
         fields.update(receptive_fields)
     elif isinstance(receptive_fields, Sequence):
@@ -447,11 +546,25 @@ def _named_fields(
     return fields
 
 
-def _boxes(
-    fields: Mapping[str | int, ReceptiveField],
-    patch_size: int | Sequence[int] | Mapping[Any, int | Sequence[int]] | None,
-) -> dict[str | int, ReceptiveField]:
-    """The receptive fields, or patches around their centres."""
+def _boxes_by_size(
+    fields: Mapping[Layer, ReceptiveField],
+    patch_size: PatchSize,
+    patch_sizes: Sequence[PatchSize] | None,
+) -> list[dict[Layer, ReceptiveField]]:
+    """The layers' boxes for each size: receptive fields, or patches around their centres."""
+    if patch_sizes is None:
+        return [_boxes(fields, patch_size)]
+    if patch_size is not None:
+        _checks.fail("patch_sizes", "None beside patch_size", patch_sizes)
+    if not isinstance(patch_sizes, Sequence) or isinstance(patch_sizes, str):
+        got = type(patch_sizes).__name__
+        _checks.fail_type("patch_sizes", "a sequence of sizes, each as patch_size takes one", got)
+    if not patch_sizes:
+        _checks.fail("patch_sizes", "at least one size", "none")
+    return [_boxes(fields, size) for size in patch_sizes]
+
+
+def _boxes(fields: Mapping[Layer, ReceptiveField], patch_size: PatchSize) -> dict[Layer, ReceptiveField]:
     if patch_size is None:
         patch_size = {}
     if not isinstance(patch_size, (int, Sequence, Mapping)):
@@ -467,8 +580,67 @@ def _boxes(
     }
 
 
+def _vector_sets(layers: list[Layer], cross_layers: Sequence[Sequence[Layer]]) -> list[tuple[Layer, ...]]:
+    """The layers whose vectors make pairs: those in no group by themselves, then the groups."""
+    expected = f"groups of at least two of the layers {layers}, such as [('a', 'b')]"
+    if not isinstance(cross_layers, Sequence) or isinstance(cross_layers, str):
+        _checks.fail_type("cross_layers", expected, type(cross_layers).__name__)
+    groups: list[tuple[Layer, ...]] = []
+    for group in cross_layers:
+        if not isinstance(group, Sequence) or isinstance(group, str):
+            _checks.fail_type("cross_layers", expected, repr(group))
+        if len(set(group)) != len(group) or len(group) < 2 or not set(group) <= set(layers):
+            _checks.fail("cross_layers", expected, tuple(group))
+        groups.append(tuple(group))
+    grouped = {layer for group in groups for layer in group}
+    return [(layer,) for layer in layers if layer not in grouped] + groups
+
+
+def _channels_by_layer(
+    in_channels: int | Sequence[int] | Mapping[Any, int] | None, layers: list[Layer]
+) -> dict[Layer, int] | None:
+    match in_channels:
+        case None:
+            return None
+        case Mapping():
+            if set(in_channels) != set(layers):
+                _checks.fail("in_channels", f"the layers {layers}", list(in_channels))
+            found = {layer: in_channels[layer] for layer in layers}
+        case Sequence() if not isinstance(in_channels, str):
+            if len(in_channels) != len(layers):
+                _checks.fail("in_channels", f"one integer for each of {len(layers)} layers", in_channels)
+            found = dict(zip(layers, in_channels, strict=True))
+        case _:
+            found = dict.fromkeys(layers, in_channels)
+    for channels in found.values():
+        _checks.integer("in_channels", channels, 1)
+    return found
+
+
+def submodule_name(layer: Layer) -> str:
+    """A layer's name as the name of a submodule, which may not have dots."""
+    return str(layer).replace(".", "/")
+
+
+def _projection(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    last = nn.Linear(in_channels, out_channels)
+    if kind == "linear":
+        return last
+    return nn.Sequential(nn.Linear(in_channels, in_channels), nn.ReLU(inplace=True), last)
+
+
+def _check_channels(layers: tuple[Layer, ...], vectors: Sequence[Tensor]) -> None:
+    if len({v.shape[-1] for v in vectors}) > 1:
+        channels = {layer: v.shape[-1] for layer, v in zip(layers, vectors, strict=True)}
+        _checks.fail(
+            "cross_layers",
+            "layers with equal channels, or projection='linear' or 'mlp' to a common width",
+            f"the channels {channels}",
+        )
+
+
 def _check_resolution(
-    field: ReceptiveField, map_shape: Sequence[int], label_shape: Sequence[int], layer: str | int
+    field: ReceptiveField, map_shape: Sequence[int], label_shape: Sequence[int], layer: Layer
 ) -> None:
     """Check that the boxes of a map are centred on the label map, as they are on the network's input."""
     for axis, (count, extent) in enumerate(zip(map_shape, label_shape, strict=True)):

@@ -270,7 +270,10 @@ def entropy_gate(
 
 
 class PDCRLoss(modules.PDCRLoss):
-    """Algorithm 1: in every layer sample vectors, count in their boxes (Eq. 4), and average Eq. 7."""
+    """Algorithm 1: in every layer sample vectors, count in their boxes (Eq. 4), and average Eq. 7.
+
+    Beyond the paper: the mean over several sizes of boxes, and sets of vectors across layers and images.
+    """
 
     def forward(
         self,
@@ -293,40 +296,55 @@ class PDCRLoss(modules.PDCRLoss):
         if mask is not None:
             labels = labels.masked_fill(mask == 0, ignore_index)
 
-        layer_losses = []
+        vectors: dict[modules.Layer, Tensor] = {}
+        contents: list[dict[modules.Layer, modules.BoxContents]] = [{} for _ in self.boxes_by_size]
         for layer, feature_map in zip(self.boxes, self.in_layer_order(features), strict=True):
             indices = sampling.sample(
                 self.sampler, feature_map.shape[2:], self.num_samples, self.generator, feature_map.device
             )
             at_indices: tuple[Any, ...] = (slice(None), slice(None), *indices.unbind(1))
-            vectors = feature_map[at_indices].mT
-            starts = self.boxes[layer].starts(indices)
-            size = [int(extent) for extent in self.boxes[layer].size]
-            ratios, valid_fraction = foreground_ratio(
-                labels, starts, size, num_classes, border=self.border, ignore_index=ignore_index
-            )
-            valid = valid_fraction >= self.min_valid_fraction
-            if self.skip_homogeneous:
+            vectors[layer] = self.project(feature_map[at_indices].mT, layer)
+            for boxes, held in zip(self.boxes_by_size, contents, strict=True):
+                starts = boxes[layer].starts(indices)
+                size = [int(extent) for extent in boxes[layer].size]
+                ratios, valid_fraction = foreground_ratio(
+                    labels, starts, size, num_classes, border=self.border, ignore_index=ignore_index
+                )
                 inside, _ = foreground_ratio(
                     labels, starts, size, num_classes, border="clip", ignore_index=ignore_index
                 )
-                for b in range(len(valid)):
-                    if inside[b, valid[b]].unique(dim=0).shape[0] == 1:
-                        valid[b] = False
-            layer_losses.append(
-                pdcr_loss(
-                    vectors,
-                    ratios,
-                    temperature=self.temperature,
-                    affinity=self.affinity,
-                    class_distance=self.class_distance,
-                    include_background=include_background,
-                    valid=valid,
-                    variant=self.variant,
-                    reduction=self.reduction,
+                valid = valid_fraction >= self.min_valid_fraction
+                held[layer] = modules.BoxContents(ratios, valid, inside)
+
+        set_losses = []
+        for layers in self.vector_sets:
+            size_losses = []
+            for held in contents:
+                v = torch.cat([vectors[layer] for layer in layers], 1)
+                ratios = torch.cat([held[layer].ratios for layer in layers], 1)
+                valid = torch.cat([held[layer].valid for layer in layers], 1)
+                inside = torch.cat([held[layer].inside for layer in layers], 1)
+                if self.pairs == "batch":
+                    v, ratios, valid, inside = (x.flatten(0, 1)[None] for x in (v, ratios, valid, inside))
+                if self.skip_homogeneous:
+                    for b in range(len(valid)):
+                        if inside[b, valid[b]].unique(dim=0).shape[0] == 1:
+                            valid[b] = False
+                size_losses.append(
+                    pdcr_loss(
+                        v,
+                        ratios,
+                        temperature=self.temperature,
+                        affinity=self.affinity,
+                        class_distance=self.class_distance,
+                        include_background=include_background,
+                        valid=valid,
+                        variant=self.variant,
+                        reduction=self.reduction,
+                    )
                 )
-            )
-        losses = torch.stack(layer_losses, -1)
+            set_losses.append(torch.stack(size_losses).mean(0))
+        losses = torch.stack(set_losses, -1)
         return losses if self.reduction == "none" else losses.mean()
 
 
