@@ -1,0 +1,258 @@
+"""Trainers for nnU-Net v2 with PDCR in the loss, UAFS in the network, or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+from contrastseg_fast import ReceptiveField, _checks, attach_pdcr, insert_uafs
+from contrastseg_fast.functional import warmup_weight
+from contrastseg_fast.modules import finest
+from contrastseg_fast.plugin import AttachedPDCR
+
+_AUTO_STRIDES = (2, 4, 8)
+
+
+class nnUNetTrainerUAFS(nnUNetTrainer):
+    """nnU-Net with uncertainty-aware gates (Eqs. 8 to 10) behind stages of its network.
+
+    The gates are part of the network: checkpoints hold them, and prediction builds them again from the
+    trainer's name. All other keys of the state dict are nnU-Net's own.
+
+    Attributes:
+        uafs_layers: names or patterns of layers, as for `insert_uafs`; `"auto"` takes every encoder and
+            decoder stage.
+        uafs_options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
+
+    Example:
+        class nnUNetTrainerUAFSEncoder(nnUNetTrainerUAFS):
+            uafs_layers = ("encoder.stages.2", "encoder.stages.3")
+    """
+
+    uafs_layers: ClassVar[str | Sequence[str]] = "auto"
+    uafs_options: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network of the plans with gates in it; nnU-Net calls this for training and for prediction."""
+        network = super().build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        layers = cls.uafs_layers
+        if layers == "auto":
+            layers = _stages(network, "uafs_layers", "encoder", "decoder")
+        return insert_uafs(
+            network,
+            layers,
+            max(2, num_output_channels),  # a single region is foreground against the rest
+            example_input=torch.empty(1, num_input_channels, *configuration_manager.patch_size),
+            **cls.uafs_options,
+        )
+
+
+class nnUNetTrainerPDCR(nnUNetTrainer):
+    """nnU-Net with patch-dragsaw contrastive regularization (Eqs. 3 to 7) of its encoder in the loss.
+
+    Training adds `weight * pdcr` to nnU-Net's loss; validation and prediction are as without. The network
+    and its checkpoints are nnU-Net's own.
+
+    Attributes:
+        pdcr_weight: weight of the regularization; its strength is weight / temperature.
+        pdcr_warmup_epochs: epochs over which the weight rises linearly from 0.
+        pdcr_layers: names or patterns of layers, as for `attach_pdcr`; `"auto"` takes the encoder stages of
+            stride 2, 4 and 8 (the largest over the axes, where they differ).
+        pdcr_patch_size: extent of the boxes whose class mixtures are compared, as for `PDCRLoss`; None takes
+            the receptive fields. `"auto"` takes the receptive field along each axis where it is at most half
+            of the patch, and elsewhere 2 * stride + 1 pixels around its centre, so that neighbouring boxes
+            overlap by half.
+        pdcr_num_samples: vectors per image and layer at most; None takes all.
+        pdcr_temperature, pdcr_class_distance, pdcr_variant: as for `PDCRLoss`. With region-based labels,
+            which overlap, `class_distance` is always `"mean"`, over the regions.
+        pdcr_options: everything else that `PDCRLoss` takes. `skip_homogeneous` is on unless this says
+            otherwise: most of nnU-Net's crops are random, and many hold background alone.
+
+    Example:
+        class nnUNetTrainerPDCRStrong(nnUNetTrainerPDCR):
+            pdcr_weight = 0.1
+            pdcr_warmup_epochs = 50
+    """
+
+    pdcr_weight: ClassVar[float] = 0.01
+    pdcr_warmup_epochs: ClassVar[int] = 0
+    pdcr_layers: ClassVar[str | Sequence[str]] = "auto"
+    pdcr_patch_size: ClassVar[str | int | Sequence[int] | Mapping[str, Any] | None] = "auto"
+    pdcr_num_samples: ClassVar[int | None] = 1024
+    pdcr_temperature: ClassVar[float] = 0.5
+    pdcr_class_distance: ClassVar[str] = "tv"
+    pdcr_variant: ClassVar[str] = "paper"
+    pdcr_options: ClassVar[Mapping[str, Any]] = {}
+
+    pdcr: AttachedPDCR  # made with the network
+
+    def initialize(self) -> None:
+        """Build the network and the loss."""
+        # The trainer taps its network; the predictor, which asks the class, gets a bare one.
+        self.__dict__["build_network_architecture"] = self._build_tapped_network
+        super().initialize()
+
+    def _build_tapped_network(
+        self,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        network = type(self).build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        patch = tuple(configuration_manager.patch_size)
+        has_regions = self.label_manager.has_regions
+        options: dict[str, Any] = {
+            "skip_homogeneous": True,
+            "num_samples": self.pdcr_num_samples,
+            "temperature": self.pdcr_temperature,
+            "class_distance": "mean" if has_regions else self.pdcr_class_distance,
+            "variant": self.pdcr_variant,
+            **self.pdcr_options,
+        }
+        automatic = self.pdcr_layers == "auto"
+        layers = _stages(network, "pdcr_layers", "encoder") if automatic else self.pdcr_layers
+        example = torch.empty(1, num_input_channels, *patch)
+        traced = attach_pdcr(network, layers, num_output_channels, example_input=example, **options)
+        traced.remove()
+        fields = {
+            str(name): field
+            for name, field in traced.loss.receptive_fields.items()
+            if not automatic or max(field.stride) in _AUTO_STRIDES
+        }
+        if "patch_sizes" not in options:
+            size = self.pdcr_patch_size
+            options["patch_size"] = _boxes_within_half(fields, patch) if size == "auto" else size
+        self.pdcr = attach_pdcr(
+            network, list(fields), num_output_channels, receptive_fields=fields, **options
+        )
+        labels = "regions" if has_regions else "classes"
+        self.print_to_log_file(
+            f"PDCR of {num_output_channels} {labels} on patches of {patch} pixels, {options}"
+        )
+        for name, field in fields.items():
+            self.print_to_log_file(f"  {name}: {field}")
+        return network
+
+    def _build_loss(self) -> nn.Module:
+        return RegularizedLoss(
+            super()._build_loss(), self.pdcr, self.label_manager.ignore_label, self.label_manager.has_regions
+        )
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.loss.weight = warmup_weight(self.current_epoch, self.pdcr_weight, self.pdcr_warmup_epochs)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        mean = self.loss.pop_mean()
+        self.print_to_log_file(f"PDCR weight {self.loss.weight:.4g}, mean {mean:.4f}")
+
+
+class nnUNetTrainerPDCRUAFS(nnUNetTrainerPDCR, nnUNetTrainerUAFS):
+    """nnU-Net with gates in its network and PDCR of the gated features in its loss."""
+
+
+class RegularizedLoss(nn.Module):
+    """A segmentation loss of nnU-Net plus `weight * pdcr`, which is 0 in validation steps.
+
+    Args:
+        segmentation: the loss of the network's outputs and the targets, lists with deep supervision.
+        pdcr: the regularizer of the network.
+        ignore_label: the label of pixels to leave out, or None; with regions the targets' last channel
+            marks them instead.
+        has_regions: whether the targets are regions, one channel each `(B, R, *spatial)`, and not one map of
+            labels `(B, 1, *spatial)`.
+
+    Attributes:
+        weight: weight of the regularization, set anew each epoch.
+    """
+
+    def __init__(
+        self, segmentation: nn.Module, pdcr: AttachedPDCR, ignore_label: int | None, has_regions: bool
+    ) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+        self.pdcr = pdcr
+        self.ignore_label = ignore_label
+        self.has_regions = has_regions
+        self.weight = 0.0
+        self._values: list[Tensor] = []
+
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            output: logits of the network; with deep supervision a list, finest first.
+            target: what nnU-Net's data loader gives: a label map or channels, or a list of them likewise.
+        """
+        loss = self.segmentation(output, target)
+        labels, mask = self._labels_and_mask(finest(target))
+        value = self.pdcr(labels, mask)
+        if value.requires_grad:
+            self._values.append(value.detach())
+        return loss + self.weight * value
+
+    def pop_mean(self) -> float:
+        """The mean regularization of the training steps since the last call; NaN without any."""
+        mean = torch.stack(self._values).mean().item() if self._values else math.nan
+        self._values.clear()
+        return mean
+
+    def _labels_and_mask(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.ignore_label is None:
+            return (target.float() if self.has_regions else target), None
+        if not self.has_regions:
+            return target, target != self.ignore_label
+        return target[:, :-1].float(), target[:, -1:] == 0
+
+
+def _stages(network: nn.Module, setting: str, *parts: str) -> list[str]:
+    """The names of the stages of a network's encoder or decoder, as nnU-Net's architectures call them."""
+    names = []
+    for part in parts:
+        stages = getattr(getattr(network, part, None), "stages", None)
+        if stages is None:
+            _checks.fail(setting, f"layers of {type(network).__name__}, which has no {part}.stages", "'auto'")
+        names += [f"{part}.stages.{name}" for name, _ in stages.named_children()]
+    return names
+
+
+def _boxes_within_half(
+    fields: Mapping[str, ReceptiveField], patch: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Boxes for the fields that exceed half of the patch along some axis: there 2 * stride + 1 pixels."""
+    boxes: dict[str, tuple[int, ...]] = {}
+    for name, field in fields.items():
+        axes = zip(field.size, field.stride, patch, strict=True)
+        boxes[name] = tuple(
+            int(size) if size <= extent / 2 else min(2 * int(stride) + 1, max(1, extent // 2))
+            for size, stride, extent in axes
+        )
+    return boxes
