@@ -289,7 +289,7 @@ def entropy_gate(
 
             gated, uncertainty = reference.entropy_gate(features, logits, return_uncertainty=True)
         case _:
-            gated, uncertainty = _entropy_gate_op.entropy_gate_forward(features, logits)
+            gated, uncertainty = _entropy_gate_op.FORWARD[backend](features, logits)
     return (gated, uncertainty) if return_uncertainty else gated
 
 

@@ -8,18 +8,31 @@ With `a = softmax(logits)` over the M classes of a location:
 the features. Results are contiguous, or channels-last where features (for the logits' gradient: logits) are.
 A logit of -inf is a class ruled out; NaN, +inf, or nothing but -inf at a location give NaN, as in softmax.
 
-The default kernels below are plain PyTorch; devices with kernels of their own replace them.
+The default kernels below are plain PyTorch; the CPU's C++ kernels replace them. On CUDA tensors
+`entropy_gate_forward` takes the CUDA kernels, else the Triton kernels, else the default;
+`entropy_gate_forward_cuda` and `entropy_gate_forward_triton` take the one they are named after.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastseg_fast.ops._library import LIBRARY, accumulation_dtype, define, forbid_second_derivative
+from contrastseg_fast import _backend
+from contrastseg_fast.ops._library import (
+    LIBRARY,
+    NAMESPACE,
+    accumulation_dtype,
+    define,
+    forbid_second_derivative,
+)
+
+Launch = Callable[..., None]
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -83,33 +96,175 @@ def _backward_fake(
     )
 
 
+def _locations(x: Tensor, channels_last: bool | None = None) -> Tensor:
+    """`x` as `(B, channels, locations)`, copied only where strides cannot say that.
+
+    Channels adjoin if `channels_last` is True, locations if it is False.
+    """
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    adjoining = 1 if channels_last else 2
+    if channels_last is None or flat.stride(adjoining) == 1 or flat.shape[adjoining] == 1:
+        return flat
+    return flat.mT.contiguous().mT if channels_last else flat.contiguous()
+
+
+def _launch_forward(launch: Launch, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the results, and have `launch` fill them."""
+    computed = _accumulation_dtype(features, logits)
+    if computed == torch.float64 and features.dtype != logits.dtype:
+        gated, u = _launch_forward(launch, features.to(computed), logits.to(computed))
+        return gated.to(features.dtype), u
+    gated, u = _forward_fake(features, logits)
+    if u.numel() > 0:
+        channels_last = _memory_format(features) != torch.contiguous_format
+        x = _locations(features, channels_last)
+        launch(x, _locations(logits), channels_last, _locations(gated), _locations(u))
+    return gated, u
+
+
+def _launch_backward(
+    launch: Launch,
+    grad_gated: Tensor | None,
+    grad_uncertainty: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    computed = _accumulation_dtype(features, logits)
+    if computed == torch.float64 and features.dtype != logits.dtype:
+        grads = _launch_backward(
+            launch, grad_gated, grad_uncertainty, features.to(computed), logits.to(computed)
+        )
+        return grads[0].to(features.dtype), grads[1].to(logits.dtype)
+    grad_features, grad_logits = _backward_fake(None, None, features, logits)
+    if grad_gated is None:
+        grad_features.zero_()
+    if grad_logits.numel() > 0:
+        channels_last = _memory_format(features) != torch.contiguous_format
+        if grad_gated is not None:
+            grad_gated = _locations(grad_gated.to(features.dtype), channels_last)
+        if grad_uncertainty is not None:
+            grad_uncertainty = _locations(grad_uncertainty.to(computed), False)
+        x = _locations(features, channels_last)
+        results = (_locations(grad_features), _locations(grad_logits))
+        launch(grad_gated, grad_uncertainty, x, _locations(logits), channels_last, *results)
+    return grad_features, grad_logits
+
+
+def _triton_kernels() -> ModuleType:
+    from contrastseg_fast.kernels import entropy_gate
+
+    return entropy_gate
+
+
+def _forward_triton(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch_forward(_triton_kernels().forward, features, logits)
+
+
+def _backward_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _launch_backward(_triton_kernels().backward, *inputs)
+
+
+def _cuda_kernels(device: torch.device) -> Any:
+    """The namespace of the launching operators, whose kernels the CUDA library registers."""
+    if device.type == "cuda" and (reason := _backend.unavailable("cuda", device)) is not None:
+        raise RuntimeError(f"entropy_gate: the CUDA kernels cannot run: {reason}")
+    return torch.ops.contrastseg_fast
+
+
+def _forward_cuda(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = _cuda_kernels(features.device)
+    return _launch_forward(kernels.entropy_gate_forward_launch.default, features, logits)
+
+
+def _backward_cuda(
+    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    launch = _cuda_kernels(features.device).entropy_gate_backward_launch.default
+    return _launch_backward(launch, grad_gated, grad_uncertainty, features, logits)
+
+
+def _choose(device: torch.device) -> str:
+    """The implementation for CUDA tensors that nobody chose one for: `"cuda"`, `"triton"` or `"default"`."""
+    missing = _backend.unavailable("cuda", device)
+    if missing is None:
+        return "cuda"
+    choice = "triton" if _backend.unavailable("triton", device) is None else "default"
+    words = {"triton": "Triton kernels", "default": "plain PyTorch"}
+    _backend.warn_once(f"entropy_gate runs in {words[choice]}, as the CUDA kernels cannot run: {missing}")
+    return choice
+
+
+def _forward_chosen(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    forwards = {"cuda": _forward_cuda, "triton": _forward_triton, "default": _forward}
+    return forwards[_choose(features.device)](features, logits)
+
+
+def _backward_chosen(
+    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    backwards = {"cuda": _backward_cuda, "triton": _backward_triton, "default": _backward}
+    return backwards[_choose(features.device)](grad_gated, grad_uncertainty, features, logits)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, grad_gated: Tensor | None, grad_uncertainty: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if grad_gated is None and grad_uncertainty is None:
-        return None, None
-    grad_features, grad_logits = entropy_gate_backward(grad_gated, grad_uncertainty, *ctx.saved_tensors)
-    return grad_features, grad_logits
+def _define(
+    suffix: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Define the operators of one implementation, whose names end in `suffix`."""
+    forward_name = define(
+        f"entropy_gate_forward{suffix}(Tensor features, Tensor logits) -> (Tensor gated, Tensor uncertainty)",
+        forward,
+        _forward_fake,
+    )
+    backward_name = define(
+        f"entropy_gate_backward{suffix}(Tensor? grad_gated, Tensor? grad_uncertainty, Tensor features, "
+        "Tensor logits) -> (Tensor grad_features, Tensor grad_logits)",
+        backward,
+        _backward_fake,
+    )
+    operators = getattr(torch.ops, NAMESPACE)
+    forward_op = getattr(operators, f"entropy_gate_forward{suffix}").default
+    backward_op = getattr(operators, f"entropy_gate_backward{suffix}").default
+
+    def differentiate(
+        ctx: Any, grad_gated: Tensor | None, grad_uncertainty: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if grad_gated is None and grad_uncertainty is None:
+            return None, None
+        grad_features, grad_logits = backward_op(grad_gated, grad_uncertainty, *ctx.saved_tensors)
+        return grad_features, grad_logits
+
+    torch.library.register_autograd(forward_name, differentiate, setup_context=_setup_context, lib=LIBRARY)
+    forbid_second_derivative(backward_name)
+    return forward_op, backward_op
 
 
-_FORWARD = define(
-    "entropy_gate_forward(Tensor features, Tensor logits) -> (Tensor gated, Tensor uncertainty)",
-    _forward,
-    _forward_fake,
+# Kernels come with the CUDA library. Tensors are (B, channels, locations).
+LIBRARY.define(
+    "entropy_gate_forward_launch(Tensor features, Tensor logits, bool channels_last, "
+    "Tensor(a!) gated, Tensor(b!) uncertainty) -> ()"
 )
-_BACKWARD = define(
-    "entropy_gate_backward(Tensor? grad_gated, Tensor? grad_uncertainty, Tensor features, Tensor logits) "
-    "-> (Tensor grad_features, Tensor grad_logits)",
-    _backward,
-    _backward_fake,
+LIBRARY.define(
+    "entropy_gate_backward_launch(Tensor? grad_gated, Tensor? grad_uncertainty, Tensor features, "
+    "Tensor logits, bool channels_last, Tensor(a!) grad_features, Tensor(b!) grad_logits) -> ()"
 )
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context, lib=LIBRARY)
-forbid_second_derivative(_BACKWARD)
 
-entropy_gate_forward = torch.ops.contrastseg_fast.entropy_gate_forward.default
-entropy_gate_backward = torch.ops.contrastseg_fast.entropy_gate_backward.default
+entropy_gate_forward, entropy_gate_backward = _define("", _forward, _backward)
+entropy_gate_forward_triton, entropy_gate_backward_triton = _define(
+    "_triton", _forward_triton, _backward_triton
+)
+entropy_gate_forward_cuda, entropy_gate_backward_cuda = _define("_cuda", _forward_cuda, _backward_cuda)
+
+torch.library.impl(entropy_gate_forward._schema.name, "CUDA", lib=LIBRARY)(_forward_chosen)
+torch.library.impl(entropy_gate_backward._schema.name, "CUDA", lib=LIBRARY)(_backward_chosen)
+
+FORWARD = {  # by the public name of the backend
+    "auto": entropy_gate_forward,
+    "cpu": entropy_gate_forward,
+    "triton": entropy_gate_forward_triton,
+    "cuda": entropy_gate_forward_cuda,
+}
