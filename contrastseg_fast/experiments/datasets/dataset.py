@@ -132,7 +132,9 @@ class Dataset:
         """
         problems = Problems(self.on_error)
         kept = 0
-        for case in self.cases if names is None else [self[name] for name in names]:
+        by_name = {case.name: case for case in self.cases}
+        for name in by_name if names is None else names:
+            case = by_name[name]
             sample = None
             with problems.skipping():
                 sample = case.load()

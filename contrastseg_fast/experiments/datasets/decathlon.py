@@ -77,7 +77,7 @@ def _entry(entry: object, path: Path) -> tuple[str, str]:
     if isinstance(entry, dict):
         image, label = entry.get("image"), entry.get("label")
         if isinstance(image, str) and isinstance(label, str):
-            return image, label
+            return str(PurePosixPath(image)), str(PurePosixPath(label))
     raise DataError(path, 'entries {"image": path, "label": path} under "training"', entry)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from contrastseg_fast import _checks
 from contrastseg_fast.experiments.datasets import photographs
@@ -44,7 +44,7 @@ def read(
     ]
     if any(volumes) and not all(volumes):
         raise DataError(folder.root, "photographs or NIfTI volumes alike", "both")
-    in_channels = _in_channels(folder, image_files, problems, any(volumes))
+    in_channels = _in_channels(folder, image_files, any(volumes))
     cases = []
     for stem in match_pairs(image_files, mask_files, folder, problems):
         image, mask = image_files[stem], mask_files[stem]
@@ -81,15 +81,16 @@ def _classes(
     return values, names
 
 
-def _in_channels(folder: Folder, images: dict[str, str], problems: Problems, volumes: bool) -> int:
+def _in_channels(folder: Folder, images: Mapping[str, str], volumes: bool) -> int:
     """Channels of the first image that can be opened."""
+    broken = []
     for image in images.values():
-        with problems.skipping():
+        try:
             path = folder.file(image)
-            if volumes:
-                return (*open_volume(path).shape, 1)[3]
-            return photographs.header_channels(path)
-    raise DataError(folder.root, "at least one readable image", "none")
+            return (*open_volume(path).shape, 1)[3] if volumes else photographs.header_channels(path)
+        except DataError as error:
+            broken.append(error)
+    raise DataError(folder.root, "at least one readable image", f"none: {broken[0]}")
 
 
 def _patient(stem: str, pattern: str | None) -> str | None:
