@@ -32,8 +32,10 @@ $(OTHER_TORCH):
 	touch $@
 
 $(OTHER_READY): $(OTHER_TORCH) pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
+	rm -rf $(OTHER)/build/lib*
 	printf '[build]\nbuild_base = $(OTHER)/build\n' > $(OTHER)/build.cfg
-	DIST_EXTRA_CONFIG=$(OTHER)/build.cfg $(OTHER_BIN)/pip install -q --no-build-isolation ".[integrations]"
+	DIST_EXTRA_CONFIG=$(OTHER)/build.cfg CONTRASTSEG_FAST_REQUIRE_EXTENSION=1 \
+		$(OTHER_BIN)/pip install -q --no-build-isolation ".[integrations]"
 	touch $@
 
 # Without the repository on the path, so that tests import the installed package.

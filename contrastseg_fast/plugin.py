@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from fractions import Fraction
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from contrastseg_fast import _checks
 from contrastseg_fast.modules import UAFS, LayerSamples, PDCRLoss, finest
@@ -41,7 +42,8 @@ def attach_pdcr(
     harm and no feature map is kept alive. The model's code, outputs and state dict stay as they are.
 
     Args:
-        model: a module, called as a whole in training. Wrap it (in DistributedDataParallel) afterwards.
+        model: a module, called as a whole in training. Wrap it (in DistributedDataParallel) and compile it
+            afterwards. DataParallel is refused: its replicas would collect over each other.
         layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
             output (or its first tensor) is a feature map `(B, C, *spatial)`; or `"auto"`: for each of the
             strides 2, 4 and 8 the last encoder layer whose receptive field has at least 5 pixels and at most
@@ -66,6 +68,7 @@ def attach_pdcr(
         >>> loss = model(x).mean() + 0.01 * pdcr(y)
         >>> loss.backward()
     """
+    _check_model(model)
     fields = dict(receptive_fields or {})
     if layers == "auto":
         fields |= {run.name: run.receptive_field for run in _auto_layers(model, _required(example_input))}
@@ -145,6 +148,7 @@ class AttachedPDCR:
         self._samples.clear()
 
     def _begin_pass(self, module: nn.Module, inputs: object) -> None:
+        _refuse_replicas(module)
         if not (self._paused or _is_rehearsal(inputs)):
             self._samples.clear()
 
@@ -180,11 +184,15 @@ def insert_uafs(
     The gates become the submodule `model.uafs`, so they train, move and save with the model; every other key
     of the state dict stays as it was, and weights saved before load with `strict=False`. Make the optimizer
     afterwards, and attach PDCR afterwards too: it then sees gated features, with the gates' receptive fields.
+    `contrastseg_fast.plugin.remove_uafs(model)` takes the gates out again.
 
     Args:
-        model: a module.
+        model: a module. Wrap it (in DistributedDataParallel) and compile it afterwards.
         layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
-            output (or its first tensor, which alone is gated) is a feature map `(B, C, *spatial)`.
+            output (or its first tensor, which alone is gated) is a feature map `(B, C, *spatial)`; or
+            `"auto"`: behind every encoder and decoder stage, which is the outermost layer that ends each
+            resolution on the way down and again on the way up, layers with as many channels as the output
+            apart.
         num_classes: classes that the gates predict, at least 2.
         example_input: an input `(B, C, *spatial)` of the model; only its shape, dtype and device count.
         options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
@@ -201,14 +209,16 @@ def insert_uafs(
         >>> model.uafs["1"].in_channels
         8
     """
-    names = _find_layers(model, layers)
+    _check_model(model)
+    example = _required(example_input)
+    names = _auto_stages(model, example) if layers == "auto" else _find_layers(model, layers)
     gates = getattr(model, _GATES, None)
     if gates is not None and not isinstance(gates, _Gates):
         _checks.fail(
             "model", f"no attribute {_GATES!r}, the name of the gates' submodule", type(gates).__name__
         )
     made: dict[str, UAFS] = {}
-    for name, run in _trace(model, _required(example_input), names).items():
+    for name, run in _trace(model, example, names).items():
         if name == "" or (gates is not None and _key(name) in gates):
             _checks.fail("layers", "layers inside the model that have no gate yet", repr(name))
         _ = run.receptive_field  # raises unless the output is a feature map
@@ -219,12 +229,49 @@ def insert_uafs(
         model.add_module(_GATES, gates)
     for name, gate in made.items():
         gates[_key(name)] = gate
-        model.get_submodule(name).register_forward_hook(_GateHook(gate))
+        gates.handles.append(model.get_submodule(name).register_forward_hook(_GateHook(gate)))
+    return model
+
+
+def remove_uafs(model: nn.Module) -> nn.Module:
+    """Take all gates that `insert_uafs` put into a model out again, in place.
+
+    A PDCR regularizer attached meanwhile keeps the receptive fields of the gated layers: attach it anew.
+
+    Args:
+        model: the model handed to `insert_uafs`.
+
+    Returns:
+        the model, with the layers, hooks and state dict that it had before.
+
+    Raises:
+        ValueError: the model has no gates.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> model = insert_uafs(model, "auto", num_classes=2, example_input=torch.zeros(1, 1, 16, 16))
+        >>> list(remove_uafs(model).state_dict())
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    gates = getattr(model, _GATES, None)
+    if not isinstance(gates, _Gates):
+        _checks.fail("model", "one that insert_uafs put gates into", f"{type(model).__name__} without")
+    for handle in gates.handles:
+        handle.remove()
+    delattr(model, _GATES)
     return model
 
 
 class _Gates(nn.ModuleDict):
-    """The gates by layer; as a step of an `nn.Sequential` they pass on what they get."""
+    """The gates by layer; as a step of an `nn.Sequential` they pass on what they get.
+
+    Attributes:
+        handles: take the gates' hooks off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles: list[RemovableHandle] = []
 
     def forward(self, x: Any) -> Any:
         return x
@@ -237,6 +284,7 @@ class _GateHook:
         self.gate = gate
 
     def __call__(self, module: nn.Module, inputs: object, output: Any) -> Any:
+        _refuse_replicas(module)
         leaves, structure = tree_flatten(output)
         position = next(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         leaves[position] = self.gate(leaves[position])
@@ -246,6 +294,23 @@ class _GateHook:
 def _key(name: str) -> str:
     """A layer's name as the name of a submodule, which may not have dots."""
     return name.replace(".", "/")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        _checks.fail_type("model", "an nn.Module", type(model).__name__)
+    if hasattr(model, "_orig_mod"):
+        _checks.fail_type("model", "one to be compiled afterwards", f"a compiled {type(model).__name__}")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        _checks.fail_type("model", f"one without {_NO_REPLICAS}", "nn.DataParallel")
+
+
+def _refuse_replicas(module: nn.Module) -> None:
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(f"model: expected one process per device, got {_NO_REPLICAS}")
+
+
+_NO_REPLICAS = "DataParallel, whose replicas share hooks (use DistributedDataParallel)"
 
 
 def _required(example_input: Tensor | None) -> Tensor:
@@ -279,21 +344,12 @@ def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
     """The last encoder layer of each stride whose field is neither tiny nor most of the image."""
-    maps: list[tuple[LayerRun, ReceptiveField, int | Fraction]] = []
-    for run in _trace(model, example, None).values():
-        with suppress(ValueError):  # not a feature map
-            field = run.receptive_field
-            if not field.is_infinite:
-                maps.append((run, field, max(field.stride)))
-    deepest = max((stride for _, _, stride in maps), default=1)
     chosen: dict[int, LayerRun] = {}
-    at_the_bottom = False
-    for run, field, stride in maps:
-        if at_the_bottom and stride < deepest:
-            break  # the decoder begins
-        at_the_bottom = stride == deepest
+    for run in _encoder_and_decoder(model, example)[0]:
+        field = run.receptive_field
+        stride = max(field.stride)
         fits = all(size <= extent / 2 for size, extent in zip(field.size, example.shape[2:], strict=True))
-        if run.name and stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
+        if stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
             chosen[int(stride)] = run
     if not chosen:
         _checks.fail(
@@ -303,6 +359,71 @@ def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
             "none for 'auto' to choose; name them",
         )
     return list(chosen.values())
+
+
+def _auto_stages(model: nn.Module, example: Tensor) -> list[str]:
+    """The layer of each resolution on the way down, and of each on the way up: the last of the outermost."""
+    stages: list[str] = []
+    for half in _encoder_and_decoder(model, example):
+        chosen: dict[int, str] = {}
+        for run in half:
+            scale = _scale(run, example)
+            if scale not in chosen or _depth(model, run.name) <= _depth(model, chosen[scale]):
+                chosen[scale] = run.name
+        stages += chosen.values()
+    if not stages:
+        _checks.fail("layers", "a model with feature maps inside", "none for 'auto' to choose; name them")
+    return stages
+
+
+def _depth(model: nn.Module, name: str) -> int:
+    """How many modules a layer is part of, lists of modules apart."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:k])) for k in range(1, len(parts)))
+    return sum(not isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
+
+
+def _encoder_and_decoder(model: nn.Module, example: Tensor) -> tuple[list[LayerRun], list[LayerRun]]:
+    """The layers that give one feature map a pass, in the order they run, up to the deepest and after it.
+
+    Of layers that pass on the same tensor the one that made it counts, or the outermost around that. From the
+    deepest layers on, those with as many channels as the model's output count as outputs and are left out.
+    """
+    runs = _trace(model, example, None)
+    makers: dict[tuple[int, int], LayerRun] = {}
+    for run in runs.values():
+        key = (id(run.output), run.version)
+        maker = makers.get(key)
+        if run.name and run.is_single and (maker is None or maker.name.startswith(f"{run.name}.")):
+            makers[key] = run
+    maps = [run for run in makers.values() if run.times == 1 and _is_map(run, example)]
+    deepest = max((_scale(run, example) for run in maps), default=0)
+    encoder: list[LayerRun] = []
+    decoder: list[LayerRun] = []
+    at_the_bottom = False
+    for run in maps:
+        scale = _scale(run, example)
+        at_the_bottom |= scale == deepest
+        if at_the_bottom and run.shape[1:2] == runs[""].shape[1:2]:
+            continue
+        (decoder if decoder or (at_the_bottom and scale < deepest) else encoder).append(run)
+    return encoder, decoder
+
+
+def _is_map(run: LayerRun, example: Tensor) -> bool:
+    """Whether a layer gives a map `(B, C, *spatial)`, and not one pooled to a point."""
+    if len(run.shape) != example.ndim or run.shape[0] != example.shape[0]:
+        return False
+    try:
+        return not (run.receptive_field.is_infinite and 1 in run.shape[2:])
+    except ValueError:
+        return False
+
+
+def _scale(run: LayerRun, example: Tensor) -> int:
+    """How much smaller a map is than the image along its most reduced axis, in halvings."""
+    ratios = (extent / small for extent, small in zip(example.shape[2:], run.shape[2:], strict=True))
+    return round(math.log2(max(ratios)))
 
 
 def _first_tensor(name: str, output: object) -> Tensor:

@@ -241,13 +241,34 @@ def receptive_fields(
 
 @dataclass(frozen=True)
 class LayerRun:
-    """One run of a layer without data: its name, its output's shape, dtype and device, and what that sees."""
+    """The last run of a layer without data: its name, its output without data, and what that sees.
+
+    Attributes:
+        output: the first tensor of the output, `is_single` if that is all of it; `version` as it was then.
+        times: how often the layer ran.
+    """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    output: Tensor
+    version: int
     field: Field
+    is_single: bool
+    times: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return tuple(self.output.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the output."""
+        return self.output.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the output."""
+        return self.output.device
 
     @property
     def receptive_field(self) -> ReceptiveField:
@@ -301,10 +322,10 @@ def trace_layers(
     def watch(name: str, module: nn.Module, inputs: object, output: object) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if first is not None:
-            runs.pop(name, None)
-            runs[name] = LayerRun(
-                name, tuple(first.shape), first.dtype, first.device, tracker.field_of(first)
-            )
+            before = runs.pop(name, None)
+            times = before.times + 1 if before else 1
+            version = 0 if first.is_inference() else first._version
+            runs[name] = LayerRun(name, first, version, tracker.field_of(first), first is output, times)
 
     with _left_as_it_was(model), torch.inference_mode(False), torch.no_grad(), CircularPaddingAsZeros():
         for module in model.modules():
