@@ -804,3 +804,13 @@ def test_fixture_discs_are_bright() -> None:
     assert abs(grey[mask].mean() - BRIGHT) < 5
     with pytest.raises(ValueError, match="expected a dataset"):
         build("nothing", Path("nowhere"))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_documentation_shows_the_layout_and_the_fixture_has_it(tmp_path: Path, name: str) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text()
+    assert f"```\n{DATASETS[name].tree}\n```" in page
+    folder = build(name, tmp_path, cases=1, size=8)
+    made = {path.parent.relative_to(folder) for path in folder.rglob("*.*") if path.is_file()}
+    shown = {Path(line.strip()).parent for line in DATASETS[name].tree.splitlines()}
+    assert made == shown
