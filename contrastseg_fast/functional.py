@@ -353,7 +353,9 @@ def warmup_weight(step: float, weight: float, warmup_steps: float, kind: str = "
 
         linear: t        cosine: (1 - cos(pi t)) / 2        sigmoid: exp(-5 (1 - t)^2)
 
-    times `weight`, with t = step / warmup_steps and at most 1.
+    times `weight`, with t = step / warmup_steps and at most 1. In a training loop, with `attach_pdcr`:
+
+        loss = criterion(model(x), y) + warmup_weight(step, 0.01, warmup_steps=1000) * pdcr(y)
 
     Args:
         step: where training is, in steps or epochs, from 0; fractions are fine.

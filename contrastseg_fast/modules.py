@@ -55,8 +55,8 @@ class PDCRLoss(nn.Module):
     The loss attracts vectors of alike boxes and repels the others. Where nearly all boxes look alike to it,
     all vectors end up alike, which `repelled_fraction` shows: so take layers of stride 2 to 4, or
     `patch_size` where receptive fields cover much of the image, and `class_distance="tv"` for more than two
-    classes. Decoder layers serve as well; their receptive fields hold those of the deepest layer, so that
-    they make sense with `patch_size` only.
+    classes. Decoder layers serve as well, with `patch_size` or `patch_sizes`: their receptive fields hold
+    those of the deepest layer, and look alike.
 
     Args:
         receptive_fields: the box of every vector, by layer name or in the order of the layers.
@@ -80,8 +80,10 @@ class PDCRLoss(nn.Module):
             count. Such a set counts as one layer in the average, and stands for its layers; a layer may be
             in several. The layers of a group need equal channels, or a projection.
         projection: a head for each layer that the vectors pass before the loss: `"linear"`, `"mlp"` (two
-            layers with a ReLU between, as wide as the layer), or None. Its parameters are those of this
-            module, in `projections`: optimize, save and move them with the model's.
+            layers with a ReLU between, as wide as the layer), or None. Its parameters are those of
+            `projections`: make that a submodule of the model, `model.add_module("pdcr", pdcr.projections)`,
+            so that they move, train and save with it, and DistributedDataParallel averages their gradients
+            (without `find_unused_parameters`, which sees no use of them in the model's outputs).
         projection_channels: width of the projected vectors.
         in_channels: channels C of the layers, by layer or in their order, or one number for all; needed for
             a projection, else checked where given.
@@ -167,13 +169,13 @@ class PDCRLoss(nn.Module):
             ]
         self.boxes = self.boxes_by_size[0]
         self.vector_sets = _vector_sets(list(self.receptive_fields), cross_layers)
-        self.projections: nn.ModuleDict | None = None
+        self.projections: Projections | None = None
         if projection is not None:
             if self.in_channels is None:
                 _checks.fail(
                     "in_channels", f"the channels of every layer, for projection={projection!r}", None
                 )
-            self.projections = nn.ModuleDict(
+            self.projections = Projections(
                 {
                     submodule_name(layer): _projection(projection, channels, projection_channels)
                     for layer, channels in self.in_channels.items()
@@ -215,7 +217,7 @@ class PDCRLoss(nn.Module):
             mask: which pixels count `(B, 1, *spatial)`, 0 where they do not; None means all.
 
         Returns:
-            the loss, a scalar, or `(B, layers)` for `reduction="none"`; fp32, or fp64 for fp64 features.
+            the loss, a scalar, or `(B, layers)` for `reduction="none"`; fp32, or fp64 for fp64 vectors.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -298,7 +300,7 @@ class PDCRLoss(nn.Module):
             _checks.fail("samples", f"samples of the layers {missing} too", list(by_layer))
         labels, ignore_index = self._prepare_labels(finest(labels), mask, list(by_layer.values()))
         vectors = {layer: self.project(sample.vectors, layer) for layer, sample in by_layer.items()}
-        contents: list[dict[Layer, BoxContents]] = []  # by the sizes of the boxes
+        contents: list[dict[Layer, BoxContents]] = []  # of each size of boxes
         validate = None  # the labels, the first time
         for boxes in self.boxes_by_size:
             contents.append({})
@@ -615,6 +617,13 @@ def _channels_by_layer(
     for channels in found.values():
         _checks.integer("in_channels", channels, 1)
     return found
+
+
+class Projections(nn.ModuleDict):
+    """Projection heads by layer; as a step of an `nn.Sequential` they pass on what they get."""
+
+    def forward(self, x: Any) -> Any:
+        return x
 
 
 def submodule_name(layer: Layer) -> str:
