@@ -21,7 +21,15 @@ for package in ("monai", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason="needs the demo extra")
 
 from contrastseg_fast.experiments import compare, demo, evaluation, report, training  # noqa: E402
-from contrastseg_fast.experiments.data import BUNDLED, Volume, augmented_batches, load_volume, split_slices  # noqa: E402
+from contrastseg_fast.experiments.data import (  # noqa: E402
+    BUNDLED,
+    Volume,
+    as_input,
+    augmented_batches,
+    load_volume,
+    split_slices,
+    to_input,
+)
 from contrastseg_fast.experiments.tables import Table, tables  # noqa: E402
 
 TINY = demo.Settings(steps=2, batch_size=2, sizes=(96,), timing_rounds=1, tsne_points=100)
@@ -162,11 +170,11 @@ class TestReduction:
 
 class TestTraining:
     def batch(self, volume: Volume) -> tuple[torch.Tensor, torch.Tensor]:
-        return next(augmented_batches(volume, split_slices(len(volume.image)).train, 1, 2, seed=0))
+        return as_input(*next(augmented_batches(volume, split_slices(len(volume.image)).train, 1, 2, seed=0)))
 
     def test_same_seed_same_numbers(self, volume: Volume) -> None:
         def train(seed: int) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
-            trainer = training.Trainer(training.RUNS[-1], volume, num_steps=3, seed=seed)
+            trainer = training.demo_trainer(training.RUNS[-1], volume, num_steps=3, seed=seed)
             losses = [trainer.step(*self.batch(volume)) for _ in range(3)]
             return losses, list(trainer.model.state_dict().values())
 
@@ -180,14 +188,14 @@ class TestTraining:
         batch = self.batch(volume)
         losses = {}
         for backend in ("auto", "reference"):
-            trainer = training.Trainer(run, volume, num_steps=3, seed=0, backend=backend)
+            trainer = training.demo_trainer(run, volume, num_steps=3, seed=0, backend=backend)
             losses[backend] = [trainer.step(*batch) for _ in range(3)]
         for fast, reference in zip(losses["auto"], losses["reference"], strict=True):
             assert ("pdcr" in fast) == run.pdcr
             assert fast == pytest.approx(reference, rel=1e-3)
 
     def test_step_seconds_times_every_run_in_turn(self, volume: Volume) -> None:
-        trainers = {run.name: training.Trainer(run, volume, 3, seed=0) for run in training.RUNS[:2]}
+        trainers = {run.name: training.demo_trainer(run, volume, 3, seed=0) for run in training.RUNS[:2]}
         ticks: list[None] = []
         seconds = training.step_seconds(trainers, self.batch(volume), 2, lambda: ticks.append(None))
         assert list(seconds) == ["baseline", "+ PDCR"]
@@ -214,17 +222,16 @@ class TestEvaluation:
         ratios = torch.eye(4)[None].expand(2, -1, -1)
         alike = evaluation.Hidden(torch.ones(2, 4, 8), ratios)
         apart = evaluation.Hidden(torch.eye(4).expand(2, -1, -1), ratios)
-        assert evaluation.embedding_statistics({layer: alike})["stride 2"] == pytest.approx(
+        assert evaluation.embedding_statistics({layer: alike})[layer] == pytest.approx(
             {"mean_cosine": 1.0, "repelled_fraction": 1.0}
         )
-        assert evaluation.embedding_statistics({layer: apart})["stride 2"]["mean_cosine"] == pytest.approx(
-            0.0
-        )
+        assert evaluation.embedding_statistics({layer: apart})[layer]["mean_cosine"] == pytest.approx(0.0)
 
     def test_examine_finds_uncertainty_and_ratios(self, volume: Volume) -> None:
-        images, labels = torch.from_numpy(volume.image[10:14]), torch.from_numpy(volume.labels[10:14])
-        trainer = training.Trainer(training.RUNS[-1], volume, 1, seed=0)
-        outcome = evaluation.examine(trainer.model, images, labels, volume.num_classes)
+        images, labels = to_input(volume.image[10:14]), torch.from_numpy(volume.labels[10:14])
+        trainer = training.demo_trainer(training.RUNS[-1], volume, 1, seed=0)
+        boxes = training.boxes(trainer.model, images)
+        outcome = evaluation.examine(trainer.model, images, labels, volume.num_classes, boxes)
         assert outcome.uncertainty is not None
         assert outcome.uncertainty.shape == (4, 16, 16)
         assert 0 <= outcome.uncertainty.min() <= outcome.uncertainty.max() <= 1
@@ -236,8 +243,10 @@ class TestEvaluation:
         ]
         for layer in outcome.hidden.values():
             assert layer.ratios.sum(-1).max() <= 1 + 1e-6
-        baseline = training.Trainer(training.RUNS[0], volume, 1, seed=0)
-        assert evaluation.examine(baseline.model, images, labels, volume.num_classes).uncertainty is None
+        baseline = training.demo_trainer(training.RUNS[0], volume, 1, seed=0)
+        boxes = training.boxes(baseline.model, images)
+        outcome = evaluation.examine(baseline.model, images, labels, volume.num_classes, boxes)
+        assert outcome.uncertainty is None
 
 
 class TestComparison:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -89,18 +89,23 @@ def to_input(image: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(image)[:, None].float() / 255
 
 
-def augmentation(height: int, width: int) -> Compose:
-    """The paper's augmentations: scale, rotate, shift and shear, and flip."""
-    keys = ("image", "labels")
+def as_input(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of slices and their labels, both `(B, H, W)` uint8, as a network learns from them."""
+    return to_input(images), labels.long()
+
+
+def augmentation(spatial_shape: Sequence[int]) -> Compose:
+    """The paper's augmentations of `image` and `labels`, 2D or 3D: scale, rotate, shift, shear, and flip."""
+    keys, dims = ("image", "labels"), len(spatial_shape)
     return Compose(
         [
             RandAffined(
                 keys,
                 prob=0.9,
-                rotate_range=np.pi / 12,
-                shear_range=0.1,
-                translate_range=(height / 12, width / 12),
-                scale_range=0.15,
+                rotate_range=(np.pi / 12,) * (1 if dims == 2 else 3),
+                shear_range=(0.1,) * dims * (dims - 1),
+                translate_range=tuple(extent / 12 for extent in spatial_shape),
+                scale_range=(0.15,) * dims,
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
@@ -117,7 +122,7 @@ def augmented_batches(
     The seed alone decides them, so that every run of an experiment sees the same batches.
     """
     order = np.random.default_rng(seed)
-    augment = augmentation(*volume.image.shape[1:])
+    augment = augmentation(volume.image.shape[1:])
     augment.set_random_state(seed)
     for _ in range(num_batches):
         drawn = order.choice(slices, batch_size, replace=batch_size > len(slices))

@@ -6,8 +6,6 @@ python -m contrastseg_fast.experiments.demo [--quick] [--seed 0] [--steps 600] [
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import sys
 import textwrap
@@ -15,20 +13,36 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from contrastseg_fast import __version__, _backend
 from contrastseg_fast.experiments import figures, report
 from contrastseg_fast.experiments.compare import SIZES, compare
-from contrastseg_fast.experiments.data import BUNDLED, Volume, augmented_batches, load_volume, split_slices
+from contrastseg_fast.experiments.data import (
+    BUNDLED,
+    Volume,
+    as_input,
+    augmented_batches,
+    load_volume,
+    split_slices,
+    to_input,
+)
 from contrastseg_fast.experiments.evaluation import Outcome, embedding_statistics, examine, predict, scores
+from contrastseg_fast.experiments.provenance import machine
 from contrastseg_fast.experiments.tables import ONE_PATIENT, tables
-from contrastseg_fast.experiments.training import LAYERS, RUNS, Run, Trainer, step_seconds
+from contrastseg_fast.experiments.training import (
+    CLASS_DISTANCE,
+    LAYERS,
+    RUNS,
+    Run,
+    Trainer,
+    boxes,
+    demo_trainer,
+    step_seconds,
+)
 
 REFERENCE_ROUNDS = 2  # of its slow step
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
@@ -73,7 +87,7 @@ class Demo:
         self.volume = volume
         self.split = split_slices(len(volume.image))
         held_out = list(self.split.test)
-        self.images = torch.from_numpy(self.volume.image[held_out])
+        self.inputs = to_input(self.volume.image[held_out])
         self.labels = torch.from_numpy(self.volume.labels[held_out])
         self.outcomes: dict[str, Outcome] = {}
         self.results: dict[str, Any] = {
@@ -112,31 +126,39 @@ class Demo:
 
     def train(self, run: Run, tick: Tick) -> None:
         steps, seed = self.settings.steps, self.settings.seed
-        trainer = Trainer(run, self.volume, steps, seed)
+        trainer = demo_trainer(run, self.volume, steps, seed)
         curves: dict[str, list[Any]] = {"segmentation": [], "dice": []}
         found: dict[str, Any] = {"curves": curves}
         self.results["runs"][run.name] = found
         batches = augmented_batches(self.volume, self.split.train, steps, self.settings.batch_size, seed)
         for step, batch in enumerate(batches, start=1):
-            for name, value in trainer.step(*batch).items():
+            for name, value in trainer.step(*as_input(*batch)).items():
                 curves.setdefault(name, []).append(value)
             if step % max(1, steps // 10) == 0:
-                curves["dice"].append([step, self.scores(predict(trainer.model, self.images))["dice"]])
+                curves["dice"].append([step, self.scores(predict(trainer.model, self.inputs))["dice"]])
             tick()
-        outcome = examine(trainer.model, self.images, self.labels, self.volume.num_classes)
+        outcome = examine(
+            trainer.model,
+            self.inputs,
+            self.labels,
+            self.volume.num_classes,
+            boxes(trainer.model, self.inputs),
+        )
         self.outcomes[run.name] = outcome
         found["scores"] = self.scores(outcome.predictions)
-        found["embeddings"] = embedding_statistics(outcome.hidden)
+        statistics = embedding_statistics(outcome.hidden, class_distance=CLASS_DISTANCE)
+        found["embeddings"] = {f"stride {LAYERS[layer]}": values for layer, values in statistics.items()}
 
     def scores(self, predictions: torch.Tensor) -> dict[str, Any]:
         return scores(predictions, self.labels, self.volume.class_names)
 
     def time_steps(self, tick: Tick) -> None:
         settings = self.settings
-        batch = next(augmented_batches(self.volume, self.split.train, 1, settings.batch_size, settings.seed))
+        drawn = augmented_batches(self.volume, self.split.train, 1, settings.batch_size, settings.seed)
+        batch = as_input(*next(drawn))
 
         def trainer(run: Run, backend: str) -> Trainer:
-            return Trainer(run, self.volume, settings.steps, settings.seed, backend)
+            return demo_trainer(run, self.volume, settings.steps, settings.seed, backend)
 
         fast = {run.name: trainer(run, "auto") for run in RUNS}
         slow = {f"{run.name}, reference": trainer(run, "reference") for run in RUNS[-1:]}
@@ -150,7 +172,10 @@ class Demo:
     def draw(self, tick: Tick) -> None:
         out, names = self.settings.out, self.volume.class_names
         layers = {name: self.outcomes[name].hidden[DRAWN_LAYER] for name in ("baseline", "+ PDCR")}
-        figures.slices(self.volume, self.split.test, self.outcomes, out / "slices.png")
+        held_out = list(self.split.test)
+        images, labels = self.volume.image[held_out], self.volume.labels[held_out]
+        titles = [f"slice {number}" for number in held_out]
+        figures.slices(images, labels, titles, names, self.outcomes, out / "slices.png")
         figures.affinity(layers, len(self.split.test) // 2, names, out / "affinity.png")
         tick()
         figures.tsne(layers, names, self.settings.tsne_points, self.settings.seed, out / "tsne.png")
@@ -165,27 +190,6 @@ class Demo:
             figures.time_and_memory(self.results["comparison"], out / "time_and_memory.png")
         self.results["seconds"] = time.perf_counter() - self.began
         report.write(self.results, out)
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the settings."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "contrastseg_fast": __version__,
-        **{name: version(name) for name in ("torch", "monai", "scikit-learn", "numpy")},
-        "kernels": "C++" if _backend.has_cpu_extension() else "plain PyTorch",
-    }
 
 
 def run_demo(settings: Settings, volume: Volume) -> int:

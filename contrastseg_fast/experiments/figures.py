@@ -1,4 +1,4 @@
-"""The demo's pictures, each drawn from plain results and written to one PNG."""
+"""The pictures of the experiments, each drawn from plain results and written to one PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from torch.nn.functional import normalize
 
-from contrastseg_fast.experiments.data import Volume
 from contrastseg_fast.experiments.evaluation import Hidden, Outcome
 
 RUN_COLOURS = ("#555555", "#0077bb", "#ee7733", "#009988")
@@ -76,29 +75,35 @@ def _smooth(values: list[float], width: int = 10) -> list[float]:
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
-def slices(volume: Volume, numbers: Sequence[int], outcomes: dict[str, Outcome], path: Path) -> None:
-    """Six of the held-out slices `numbers`: CT, ground truth, predictions, and the uncertainty map of UAFS.
+def slices(
+    images: np.ndarray,
+    labels: np.ndarray,
+    titles: Sequence[str],
+    class_names: Sequence[str],
+    outcomes: dict[str, Outcome],
+    path: Path,
+) -> None:
+    """Six of the images `(B, H, W)`: each with ground truth, predictions, and the uncertainty map of UAFS.
 
     The predictions are those of the first run, and of the last run that has an uncertainty map.
     """
-    columns = np.linspace(0, len(numbers) - 1, min(6, len(numbers))).round().astype(int)
+    columns = np.linspace(0, len(images) - 1, min(6, len(images))).round().astype(int)
     shown = [next(iter(outcomes))]
     gated = [name for name, outcome in outcomes.items() if outcome.uncertainty is not None]
     shown += [name for name in gated[-1:] if name not in shown]
     uncertainty = outcomes[gated[-1]].uncertainty if gated else None
-    rows = ["CT", "ground truth", *shown, *([f"uncertainty\n({gated[-1]})"] if gated else [])]
-    colours = class_colours(volume.num_classes)
+    rows = ["image", "ground truth", *shown, *([f"uncertainty\n({gated[-1]})"] if gated else [])]
+    colours = class_colours(len(class_names))
     palette = ListedColormap(colours)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * len(rows) + 0.4), layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
         for column, position in enumerate(columns):
-            number = numbers[position]
             predictions = [outcomes[name].predictions[position].numpy() for name in shown]
-            _ct(axes[0, column], volume.image[number])
-            axes[0, column].set_title(f"slice {number}", weight="normal")
-            for axis, classes in zip(axes[1:, column], [volume.labels[number], *predictions], strict=False):
-                _ct(axis, volume.image[number])
+            _image(axes[0, column], images[position])
+            axes[0, column].set_title(titles[position], weight="normal")
+            for axis, classes in zip(axes[1:, column], [labels[position], *predictions], strict=False):
+                _image(axis, images[position])
                 foreground = np.ma.masked_equal(classes, 0)
                 axis.imshow(foreground, palette, vmin=0, vmax=len(colours) - 1, interpolation="nearest")
             if uncertainty is not None:
@@ -111,12 +116,13 @@ def slices(volume: Volume, numbers: Sequence[int], outcomes: dict[str, Outcome],
             axis.spines[:].set_visible(False)
         for axis, name in zip(axes[:, 0], rows, strict=True):
             axis.set_ylabel(name)
-        _class_legend(figure, volume.class_names[1:], colours[1:])
+        _class_legend(figure, class_names[1:], colours[1:])
         _save(figure, path)
 
 
-def _ct(axis: Axes, image: np.ndarray) -> None:
-    axis.imshow(image, "gray", vmin=0, vmax=255)
+def _image(axis: Axes, image: np.ndarray) -> None:
+    whole = image.dtype == np.uint8
+    axis.imshow(image, "gray", vmin=0 if whole else image.min(), vmax=255 if whole else image.max())
 
 
 def tsne(

@@ -1,15 +1,15 @@
-"""The demo's record, and a page of its own with all tables and pictures."""
+"""Pages of HTML that hold their tables and pictures: the demo's, and a study's."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from contrastseg_fast.experiments.tables import ONE_PATIENT, tables
+from contrastseg_fast.experiments.files import replace_text
+from contrastseg_fast.experiments.tables import ONE_PATIENT, study_tables, tables
 
 PICTURES = {
     "learning_curves.png": "Learning curves. The held-out Dice is watched, and decides nothing.",
@@ -25,6 +25,20 @@ PICTURES = {
         "sorted by class and ratio, and the cosines of the same vectors."
     ),
     "time_and_memory.png": "Loss and gradient of one image over N. The reference holds N x N matrices.",
+}
+STUDY_PICTURES = {
+    "slices.png": (
+        "Patches of test cases: ground truth, predictions, and the uncertainty u (Eq. 9) in the first UAFS "
+        "module, as in the paper's Fig. 6."
+    ),
+    "tsne.png": (
+        "t-SNE of hidden vectors of test cases, coloured by the most frequent class of their patches, as in "
+        "the paper's Fig. 7."
+    ),
+    "affinity.png": (
+        "Affinity w (Eq. 3, with the class distance 'tv') of the vectors of one test case, sorted by class "
+        "and ratio, and the cosines of the same vectors."
+    ),
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -48,15 +62,8 @@ code { font-size: 0.9em; background: #f3f3f3; padding: 0.1em 0.3em; }
 
 def write(results: dict[str, Any], out: Path) -> None:
     """Write `results.json`, and `index.html` with its tables and the pictures that lie in `out`."""
-    _replace(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _replace(out / "index.html", _page(results, out))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    replace_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    replace_text(out / "index.html", _page(results, out))
 
 
 def _page(results: dict[str, Any], out: Path) -> str:
@@ -65,13 +72,10 @@ def _page(results: dict[str, Any], out: Path) -> str:
     picture = {name: _figure(out / name, text) for name, text in PICTURES.items() if (out / name).exists()}
     time_and_memory = picture.pop("time_and_memory.png", "")
     facts = ", ".join(f"{name}: {value}" for name, value in results["machine"].items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>contrastseg_fast: demo</title><style>{STYLE}</style></head><body>
-<h1>contrastseg_fast: demo</h1>
-<p>A U-Net segments the axial slices of a CT scan into {len(settings["class_names"])} classes: as it is,
-with the contrastive loss PDCR, with the gate UAFS in its encoder, and with both. It learns from
+    return _document(
+        "demo",
+        f"""<p>A U-Net segments the axial slices of a CT scan into {len(settings["class_names"])} classes: as
+it is, with the contrastive loss PDCR, with the gate UAFS in its encoder, and with both. It learns from
 {settings["train_slices"]} slices and is scored on slices {settings["first_test_slice"]} to
 {settings["last_test_slice"]}, with {settings["gap"]} unused slices between the two on either side.</p>
 <p class="notice">{ONE_PATIENT}</p>
@@ -81,7 +85,31 @@ with the contrastive loss PDCR, with the gate UAFS in its encoder, and with both
 <h2>How this was made</h2>
 <p class="small"><code>{escape(settings["command"])}</code></p>
 <p class="small">{escape(facts)}. {results["seconds"]:.0f} seconds in all. All numbers:
-<a href="results.json">results.json</a>.</p>
+<a href="results.json">results.json</a>.</p>""",
+    )
+
+
+def write_study(record: dict[str, Any], out: Path) -> None:
+    """Write `index.html` of a study: its tables, and the pictures that lie in `out`."""
+    shown = "".join(table.html() for table in study_tables(record))
+    pictures = [_figure(out / name, text) for name, text in STUDY_PICTURES.items() if (out / name).exists()]
+    unfinished = "" if record["finished"] else '<p class="notice">Not finished: this shows what was done.</p>'
+    facts = ", ".join(f"{name}: {value}" for name, value in record["machine"].items())
+    commit = f" Commit {escape(record['commit'])}." if record["commit"] else ""
+    body = f"""{unfinished}{shown}{"".join(pictures)}
+<h2>How this was made</h2>
+<p class="small"><code>{escape(record["command"])}</code></p>
+<p class="small">{escape(facts)}.{commit} All numbers, of every seed: results.json.</p>"""
+    replace_text(out / "index.html", _document(record["study"], body))
+
+
+def _document(title: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>contrastseg_fast: {escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>contrastseg_fast: {escape(title)}</h1>
+{body}
 </body></html>
 """
 

@@ -1,4 +1,4 @@
-"""The demo's results as tables, for the terminal and for the page."""
+"""Results as tables, for the terminal and for the page: the demo's, and a study's."""
 
 from __future__ import annotations
 
@@ -57,6 +57,55 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
     if results["comparison"]:
         found["comparison"] = _comparison(results["comparison"])
     return found
+
+
+def study_tables(record: dict[str, Any]) -> list[Table]:
+    """The scores of a study's variants, and what became of the hidden vectors."""
+    summary = record["summary"]
+    scored, hidden = [], []
+    for row in summary:
+        name = [row["group"], row["name"]]
+        dice, jaccard, accuracy = (_spread(row[score]) for score in ("dice", "jaccard", "accuracy"))
+        difference = row.get("dice_difference")
+        scored.append([*name, str(row["dice"]["n"]), dice, _difference(difference), jaccard, accuracy])
+        for layer, found in row["embeddings"].items():
+            hidden.append(
+                [
+                    *name,
+                    layer,
+                    _spread(found["mean_cosine"], scale=1, form="{:.3f}"),
+                    _spread(found["repelled_fraction"]),
+                ]
+            )
+    return [
+        Table(
+            f"{record['study']}: scores of the test cases, %",
+            ["group", "variant", "n", "Dice", "Dice - baseline [95 %]", "Jaccard", "accuracy"],
+            scored,
+            "Mean and standard deviation over n seeds; Dice and Jaccard are means over the cases and all "
+            "classes but background. The difference is to the group's first row, pairwise by seed, with the "
+            "t interval over the seeds: where it holds 0, the seeds do not tell the two apart.",
+        ),
+        Table(
+            f"{record['study']}: hidden vectors of the test cases",
+            ["group", "variant", "layer", "mean cosine", "repelled pairs, %"],
+            hidden,
+            "Of two vectors of one image. Pairs are repelled by the loss of the variant; for those without "
+            "PDCR by that of the settings.",
+        ),
+    ]
+
+
+def _spread(found: dict[str, Any], scale: float = 100, form: str = "{:.2f}") -> str:
+    mean = form.format(scale * found["mean"])
+    return mean if found["sd"] is None else f"{mean} ± {form.format(scale * found['sd'])}"
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    mean = f"{100 * found['mean']:+.2f}"
+    return mean if found["low"] is None else f"{mean} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
 
 
 def _scores(runs: dict[str, Any], steps: int) -> Table:

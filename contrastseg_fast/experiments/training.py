@@ -1,4 +1,4 @@
-"""A MONAI U-Net trained with and without PDCR and UAFS, and the time of its training step."""
+"""The training step of every experiment, the demo's network, and how long its steps take."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
-from torch import Tensor
+from torch import Tensor, nn
 
-from contrastseg_fast import attach_pdcr, insert_uafs
+from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, receptive_fields
 from contrastseg_fast.experiments.data import Volume, to_input
 
 # The encoder's outputs at stride 2, 4 and 8; the last sees a third of the image, so it gets smaller patches.
@@ -40,59 +41,98 @@ RUNS = (
 
 
 class Trainer:
-    """One network with its losses and optimiser; the seed decides the weights it starts from."""
+    """A network with its losses, optimiser and schedule.
 
-    def __init__(self, run: Run, volume: Volume, num_steps: int, seed: int, backend: str = "auto") -> None:
-        torch.manual_seed(seed)
-        self.model = UNet(
-            spatial_dims=2,
-            in_channels=1,
-            out_channels=volume.num_classes,
-            channels=(16, 32, 64, 128),
-            strides=(2, 2, 2),
-            num_res_units=2,
-            norm="batch",
-        )
-        layers, example = list(LAYERS), to_input(volume.image[:1])
-        if run.uafs:
-            insert_uafs(self.model, layers, volume.num_classes, example_input=example, backend=backend)
-        self.pdcr = None
-        if run.pdcr:
-            self.pdcr = attach_pdcr(
-                self.model,
-                layers,
-                volume.num_classes,
-                example_input=example,
-                class_distance=CLASS_DISTANCE,
-                patch_size=PATCH_SIZE,
-                backend=backend,
-            )
+    Args:
+        model: gives logits `(B, M, *spatial)`.
+        optimizer, schedule: of the model's parameters; the schedule moves on with every step.
+        regularizer: of labels `(B, *spatial)`, asked after the model ran; None for none.
+        weight: of the regularizer.
+        amp: whether the model runs under autocast, in half precision, with a scaled loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        regularizer: Callable[[Tensor], Tensor] | None = None,
+        weight: float = 0.0,
+        amp: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.regularizer = regularizer
+        self.weight = weight
+        self.amp = amp
+        self.scaler = torch.amp.GradScaler(enabled=amp)
         self.criterion = DiceCELoss(to_onehot_y=True, softmax=True)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, weight_decay=1e-5)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Learn from one batch, `(B, H, W)` uint8 each; returns the losses, PDCR's without its weight."""
+        """Learn from one batch, images `(B, C, *spatial)` fp32 and labels `(B, *spatial)` int64.
+
+        Returns the losses, the regularizer's without its weight.
+        """
         self.model.train()
-        target = labels.long()
-        segmentation = self.criterion(self.model(to_input(images)), target[:, None])
+        with torch.autocast(images.device.type, enabled=self.amp):
+            logits = self.model(images)
+        segmentation = self.criterion(logits.float(), labels[:, None])
         losses = {"segmentation": segmentation.item()}
         loss = segmentation
-        if self.pdcr is not None:
-            regularization = self.pdcr(target)
+        if self.regularizer is not None:
+            regularization = self.regularizer(labels)
             losses["pdcr"] = regularization.item()
-            loss = loss + PDCR_WEIGHT * regularization
+            loss = loss + self.weight * regularization
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.schedule.step()
         return losses
+
+
+def demo_trainer(run: Run, volume: Volume, num_steps: int, seed: int, backend: str = "auto") -> Trainer:
+    """The demo's U-Net on slices of a volume; the seed decides the weights it starts from."""
+    torch.manual_seed(seed)
+    model = UNet(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=volume.num_classes,
+        channels=(16, 32, 64, 128),
+        strides=(2, 2, 2),
+        num_res_units=2,
+        norm="batch",
+    )
+    layers, example = list(LAYERS), to_input(volume.image[:1])
+    if run.uafs:
+        insert_uafs(model, layers, volume.num_classes, example_input=example, backend=backend)
+    pdcr = None
+    if run.pdcr:
+        pdcr = attach_pdcr(
+            model,
+            layers,
+            volume.num_classes,
+            example_input=example,
+            class_distance=CLASS_DISTANCE,
+            patch_size=PATCH_SIZE,
+            backend=backend,
+        )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    return Trainer(model, optimizer, schedule, pdcr, PDCR_WEIGHT)
+
+
+def boxes(model: nn.Module, inputs: Tensor) -> dict[Any, ReceptiveField]:
+    """The patches of the vectors of the demo's layers, as PDCR takes them."""
+    fields = receptive_fields(model, (1, *inputs.shape[1:]), list(LAYERS))
+    return PDCRLoss(fields, num_classes=2, patch_size=PATCH_SIZE).boxes
 
 
 def step_seconds(
     trainers: dict[str, Trainer], batch: tuple[Tensor, Tensor], rounds: int, tick: Callable[[], object]
 ) -> dict[str, float]:
-    """Median seconds of a training step of each network, one step of each in turn."""
+    """Median seconds of a training step of each network on a batch as `Trainer.step` takes it, in turn."""
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for round_number in range(rounds + 1):
         for name, trainer in trainers.items():
