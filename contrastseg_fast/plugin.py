@@ -52,7 +52,9 @@ def attach_pdcr(
         example_input: an input `(B, C, *spatial)` as in training; only its shape, dtype and device count.
         receptive_fields: fields by layer to use instead of finding them, where the field found is infinite or
             none can be found.
-        options: everything else that `PDCRLoss` takes: `num_samples`, `temperature`, `patch_size`, ...
+        options: everything else that `PDCRLoss` takes: `num_samples`, `temperature`, `patch_size`, ... The
+            `in_channels` of a `projection` are found like the fields; its parameters are `pdcr.loss`'s, to be
+            optimized, saved and moved along with the model's.
 
     Returns:
         the regularizer. Of the outputs of a layer that runs several times in a pass the last counts.
@@ -70,17 +72,24 @@ def attach_pdcr(
     """
     _check_model(model)
     fields = dict(receptive_fields or {})
+    runs: dict[str, LayerRun] = {}
     if layers == "auto":
-        fields |= {run.name: run.receptive_field for run in _auto_layers(model, _required(example_input))}
-        names = list(fields)
+        runs = {run.name: run for run in _auto_layers(model, _required(example_input))}
+        names = list(dict.fromkeys([*fields, *runs]))
     else:
         names = _find_layers(model, layers)
         if unknown := set(fields) - set(names):
             _checks.fail("receptive_fields", f"some of the layers {names}", sorted(unknown))
-        if missing := [name for name in names if name not in fields]:
+        wants_channels = options.get("projection") is not None and options.get("in_channels") is None
+        if missing := [name for name in names if wants_channels or name not in fields]:
             runs = _trace(model, _required(example_input), missing)
-            fields |= {name: run.receptive_field for name, run in runs.items()}
-    return AttachedPDCR(model, PDCRLoss({name: fields[name] for name in names}, num_classes, **options))
+    fields = {name: run.receptive_field for name, run in runs.items()} | fields
+    if options.get("projection") is not None and set(names) <= set(runs):
+        options = {"in_channels": {name: runs[name].shape[1] for name in names}, **options}
+    loss = PDCRLoss({name: fields[name] for name in names}, num_classes, **options)
+    if runs:
+        loss = loss.to(next(iter(runs.values())).device)
+    return AttachedPDCR(model, loss)
 
 
 class AttachedPDCR:
