@@ -1,4 +1,7 @@
-"""The functions of the library: each checks its arguments and calls one operator, or the reference."""
+"""The functions of the library: losses, ratios and the gate, and the warm-up of a weight.
+
+Each checks its arguments and calls one operator, or the reference.
+"""
 
 from __future__ import annotations
 
@@ -302,7 +305,8 @@ def nt_xent_loss(
 
         L = 1/2B sum_i -log( exp(s_ip(i) / tau) / sum_{k != i} exp(s_ik / tau) )     s_ij = cos(v_i, v_j)
 
-    2B x 2B is never stored. A vector of length zero has s = 0 and gets gradient 0.
+    No 2B x 2B matrix is stored. A vector of length zero has s = 0 and gets gradient 0. A process of
+    data-parallel training contrasts its own batch alone, unless the vectors are gathered before.
 
     Args:
         a: vectors of the first view of every image `(B, C)`, or of groups of images that are contrasted

@@ -71,7 +71,8 @@ class PDCRLoss(nn.Module):
             None keeps all.
         patch_sizes: several such extents at once, each as `patch_size` takes it: (5, 7, 9) are three sizes,
             ((3, 9, 9), (5, 15, 15)) are two with an extent per axis. The loss is the mean of those with each
-            size, of the same vectors; it costs as much as all of them.
+            size, of the same vectors; it costs as much as all of them. The authors' release, where this is
+            "hierarchical", takes 5, 7 and 9.
         pairs: which vectors make pairs: those of each image (`"image"`), or those of the whole batch
             (`"batch"`): then B N vectors stand for N, and the valid ones of the batch for n_b, at the cost
             of B^2 N^2 pairs. A process of data-parallel training sees its own batch alone.
