@@ -1,1 +1,1 @@
-"""PDCR and UAFS by the conventions of training frameworks; each module needs the framework it is named for."""
+"""PDCR and UAFS by the conventions of training frameworks; a module needs the framework it is named for."""

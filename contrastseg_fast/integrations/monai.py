@@ -6,7 +6,7 @@
     pdcr = attach_pdcr(net, "auto", num_classes=3, example_input=x)
     loss_function = RegularizedLoss(DiceCELoss(to_onehot_y=True, softmax=True), pdcr, weight=0.01)
 
-Nothing else in a MONAI training script changes: `RegularizedLoss` is called as any loss, by hand or by an engine.
+Nothing else in a training script changes: `RegularizedLoss` is called as any loss, by hand or by an engine.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class PDCRLoss(_Loss):
         TypeError, ValueError: an argument does not fit.
 
     Example:
+        >>> import torch
         >>> field = ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))
         >>> pdcr = PDCRLoss([field], num_classes=3, to_onehot_y=True, reduction=LossReduction.MEAN)
         >>> features = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -129,6 +130,7 @@ class RegularizedLoss(_Loss):
         last_pdcr: the regularizer's last value, before its weight, without gradient; for logs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Upsample(scale_factor=2))
         >>> x, y = torch.randn(2, 1, 32, 32), torch.randint(2, (2, 1, 32, 32))
         >>> pdcr = attach_pdcr(net, "0", num_classes=2, example_input=x)
@@ -183,6 +185,7 @@ class UAFS(modules.UAFS):
         TypeError, ValueError: an argument does not fit.
 
     Example:
+        >>> import torch
         >>> gate = UAFS(spatial_dims=3, in_channels=8, num_classes=2, norm=("GROUP", {"num_groups": 4}))
         >>> gate(torch.randn(1, 8, 6, 6, 6)).shape
         torch.Size([1, 8, 6, 6, 6])
