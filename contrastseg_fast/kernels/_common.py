@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import TypeVar
 
 import torch
 import triton
@@ -11,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastseg_fast import _backend
+
+_Entry = TypeVar("_Entry")
 
 INTERPRETING = tl.constexpr(_backend.interpreting())
 
@@ -36,7 +39,7 @@ def processors(tensor: Tensor) -> int:
     return _properties(tensor.get_device())[1] if tensor.is_cuda else 4
 
 
-def sm_table(table: dict[int, object], tensor: Tensor) -> object:
+def sm_table(table: dict[int, _Entry], tensor: Tensor) -> _Entry:
     """The entry of a launch table, keyed by compute capability, for the card or the next older one."""
     card = capability(tensor)
     return table[max((key for key in table if key <= card), default=min(table))]
@@ -60,10 +63,9 @@ def dot_add(a, b, sum):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 rounded to the nearest of a narrower type. The interpreter cuts bf16 off, so it gets rounded bits."""
-    if INTERPRETING:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            bits = bits + 0x7FFF + ((bits >> 16) & 1)
-            return (bits & -65536).to(tl.float32, bitcast=True).to(dtype)
+    """fp32 rounded to a narrower type. The interpreter cuts bf16 off, so it gets rounded bits."""
+    if INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits & -65536).to(tl.float32, bitcast=True).to(dtype)
     return x.to(dtype)

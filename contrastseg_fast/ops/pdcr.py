@@ -5,7 +5,8 @@ With `d` the class distance, `w = num_bias + num_slope d`, `wbar = den_bias + de
 
     loss_b = 1/n^2 * ( n * sum_i log Z_i - 1/tau * sum_ij s_ij w_ij ),   Z_i = sum_k exp(s_ik wbar_ik / tau)
 
-The default kernels below are plain PyTorch in row chunks; devices with kernels of their own replace them.
+The default kernels below are plain PyTorch in row chunks. The C++ extension replaces them on the CPU, the
+Triton kernels of kernels/pdcr.py on a GPU, where they can run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastseg_fast import _backend
 from contrastseg_fast.ops._library import LIBRARY, accumulation_dtype, define, forbid_second_derivative
 
 _OPTIONS = (
     "Tensor vectors, Tensor ratios, Tensor? valid, float temperature, float distance_scale, "
     "bool categorical, float num_bias, float num_slope, float den_bias, float den_slope, float shift"
 )
+_MOST_IMAGES = 1 << 16  # of the Triton kernels' grids
 _CHUNK_ELEMENTS = 1 << 22  # pairs held at once by the default kernels, over all images
 
 
@@ -125,6 +128,30 @@ def _backward(
         return (grad_unit * scale * inverse).to(vectors.dtype)
 
 
+def _has_triton(vectors: Tensor) -> bool:
+    if vectors.dtype == torch.float64 or vectors.numel() == 0 or len(vectors) >= _MOST_IMAGES:
+        return False
+    if reason := _backend.unavailable("triton", vectors.device):
+        _backend.warn_once(f"pdcr_loss runs in plain PyTorch on {vectors.device}: {reason}")
+    return reason is None
+
+
+def _forward_cuda(vectors: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if not _has_triton(vectors):
+        return _forward(vectors, *options)
+    from contrastseg_fast.kernels import pdcr as kernels
+
+    return kernels.forward(vectors, *options)
+
+
+def _backward_cuda(grad: Tensor, log_z: Tensor, vectors: Tensor, *options: Any) -> Tensor:
+    if not _has_triton(vectors):
+        return _backward(grad, log_z, vectors, *options)
+    from contrastseg_fast.kernels import pdcr as kernels
+
+    return kernels.backward(grad, log_z, vectors, *options)
+
+
 def _forward_fake(vectors: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
     return vectors.new_empty(vectors.shape[0], dtype=dtype), vectors.new_empty(vectors.shape[:2], dtype=dtype)
@@ -155,6 +182,8 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
+torch.library.impl(_FORWARD, "CUDA", lib=LIBRARY)(_forward_cuda)
+torch.library.impl(_BACKWARD, "CUDA", lib=LIBRARY)(_backward_cuda)
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context, lib=LIBRARY)
 forbid_second_derivative(_BACKWARD)
 
