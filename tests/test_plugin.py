@@ -10,15 +10,20 @@ import pickle
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import blob_labels
+from conftest import blob_labels, normwise_error
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, plugin, receptive_fields
+from contrastseg_fast.plugin import remove_uafs
 
 X = (2, 1, 24, 32)
 
@@ -271,6 +276,146 @@ def test_copies_and_pickles_take_the_regularizer_along() -> None:
     torch.testing.assert_close(pdcr(y), expected)
 
 
+def regularized_loss(model: nn.Module, pdcr: plugin.AttachedPDCR, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(nn.functional.interpolate(model(x), y.shape[1:]), y) + 0.1 * pdcr(y)
+
+
+def normalised_by_image() -> Net:
+    """A model whose images do not depend on each other, with gates and a regularizer attached later."""
+    model = Net()
+    model.down[1] = nn.GroupNorm(2, 6)
+    return insert_uafs(model, ["down", "deep"], 3, example_input=torch.zeros(X), norm="instance")
+
+
+def train_on_half_a_batch(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    x, y, state = torch.load(folder / "batch.pt")
+    model = normalised_by_image()
+    model.load_state_dict(state)
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        model.zero_grad()
+        regularized_loss(parallel, pdcr, x[rank : rank + 1], y[rank : rank + 1]).backward()
+    torch.save(gradients(model), folder / f"gradients{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_the_gradients_of_one(tmp_path: Path) -> None:
+    model, (x, y) = normalised_by_image(), batch()
+    torch.save((x, y, model.state_dict()), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(train_on_half_a_batch, (tmp_path,), nprocs=2)
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
+    regularized_loss(model, pdcr, x, y).backward()
+    expected = gradients(model)
+    assert len(expected) == len(list(model.parameters()))
+    for rank in range(2):
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"gradients{rank}.pt"), expected, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_mixed_precision_with_scaled_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    model, (x, y) = normalised_by_image(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
+    weight = model.stem.weight
+    (expected,) = torch.autograd.grad(regularized_loss(model, pdcr, x, y), weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = regularized_loss(model, pdcr, x, y)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert weight.grad is not None
+    assert normwise_error(weight.grad, expected) < tolerance
+    before = weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(weight.detach(), before - 0.1 * weight.grad)
+
+
+def test_averaged_copies_keep_out_of_the_way() -> None:
+    model, (x, y) = normalised_by_image(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x)
+    expected = pdcr(y)
+    model(x)
+    averaged(torch.randn(X))
+    averaged.eval()
+    with torch.no_grad():
+        averaged(torch.randn(X))
+    value = pdcr(y)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    optimizer.step()
+    averaged.update_parameters(model)  # the first update copies
+    assert torch.equal(averaged.module.stem.weight, model.stem.weight)
+    assert torch.equal(averaged(x), model.eval()(x))
+
+
+def test_passes_in_eval_mode_run_the_same_operators() -> None:
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model, (x, _) = Net().eval(), batch()
+    counts = []
+    for attached in (False, True):
+        if attached:
+            attach_pdcr(model, "*", 3, example_input=x)
+        operators: list[Any] = []
+        with torch.no_grad(), Counted():
+            model(x)
+        counts.append(operators)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) > 5
+
+
+def test_projections_find_their_channels() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(
+        model, ["down", "deep"], 3, example_input=x, projection="linear", projection_channels=4
+    )
+    assert pdcr.loss.in_channels == {"down": 6, "deep": 8}
+    model(x)
+    pdcr(y).backward()
+    assert all(parameter.grad is not None for parameter in pdcr.loss.parameters())
+    fields = receptive_fields(model, X, ["down"])
+    options = {"projection": "linear", "receptive_fields": fields}
+    assert attach_pdcr(model, "down", 3, example_input=x, **options).loss.in_channels == {"down": 6}
+
+
+def test_data_parallel_is_refused() -> None:
+    x = torch.zeros(X)
+    for function in (attach_pdcr, insert_uafs):
+        for wrapped in (nn.DataParallel(Net()), nn.Sequential(nn.DataParallel(Net()))):
+            with pytest.raises(TypeError, match=r"model: expected one without DataParallel.*Distributed"):
+                function(wrapped, "*down", 2, example_input=x)
+        model = Net()
+        function(model, "down", 2, example_input=x)
+        model(x)
+        module = model if function is attach_pdcr else model.down
+        with pytest.raises(RuntimeError, match="one process per device, got DataParallel"):
+            module._replicate_for_data_parallel()(x if module is model else torch.zeros(2, 4, 8, 8))
+
+
+def test_compiled_models_and_things_that_are_no_models_are_refused() -> None:
+    compiled = torch.compile(Net(), backend="eager")
+    for function in (attach_pdcr, insert_uafs):
+        with pytest.raises(TypeError, match="model: expected one to be compiled afterwards"):
+            function(compiled, "down", 2, example_input=torch.zeros(X))
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
+            function(lambda x: x, "down", 2, example_input=torch.zeros(X))
+
+
 def test_layers_by_pattern() -> None:
     model, (x, _) = Net(), batch()
     fields = attach_pdcr(model, ["d*", "down", "stem"], 3, example_input=x).loss.receptive_fields
@@ -294,6 +439,85 @@ def test_layers_chosen_by_stride() -> None:
     assert {name: field.size[0] for name, field in fields.items()} == {"down_1": 14, "down_2": 32}
     with pytest.raises(ValueError, match="layers: expected an encoder with layers of stride"):
         attach_pdcr(nn.Conv2d(1, 1, 3), "auto", 2, example_input=x)
+
+
+def test_stages_chosen_for_gates() -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    x, volume = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 32, 32, 32)
+    stages = [
+        (
+            nets.BasicUNet(2, 1, 3, features=(4, 4, 8, 8, 16, 4)),
+            x,
+            ["conv_0", "down_1", "down_2", "down_3", "down_4", "upcat_4", "upcat_3", "upcat_2", "upcat_1"],
+        ),
+        (
+            nets.SegResNet(3, 8, 1, 3),
+            volume,
+            [f"down_layers.{k}" for k in range(4)] + ["up_layers.0", "up_layers.1", "act_mod"],
+        ),
+        (
+            nets.DynUNet(3, 1, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 8, 8], deep_supervision=True),
+            volume,
+            ["input_block", "downsamples.0", "bottleneck", "upsamples.0", "upsamples.1"],
+        ),
+        (
+            nets.UNet(2, 1, 3, (4, 8, 8), (2, 2), num_res_units=2),
+            x,
+            ["model.0", "model.1.submodule.1", "model.1"],
+        ),
+    ]
+    for model, example, names in stages:
+        keys = list(model.state_dict())
+        insert_uafs(model, "auto", 2, example_input=example)
+        assert [name.replace("/", ".") for name in model.uafs] == names
+        assert list(remove_uafs(model).state_dict()) == keys
+
+
+class Shared(nn.Module):
+    """Runs one activation in place behind every convolution, and gives maps at once and pooled to points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(inplace=True))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.both = Block(lambda x: (x, x + 1))
+        self.head = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _ = self.both(x)
+        x = self.down(self.relu(self.stem(x)) + first)
+        return self.relu(self.head(x + self.pool(x)))
+
+
+def test_layers_not_chosen() -> None:
+    model = insert_uafs(Shared(), "auto", 2, example_input=torch.zeros(X))
+    assert list(model.uafs) == ["stem", "down"]
+    with pytest.raises(ValueError, match="layers: expected a model with feature maps inside"):
+        insert_uafs(nn.Flatten(), "auto", 2, example_input=torch.zeros(X))
+
+
+def test_gates_can_be_taken_out() -> None:
+    model, (x, y) = Net().eval(), batch()
+    expected, keys = model(x), list(model.state_dict())
+    with pytest.raises(ValueError, match="model: expected one that insert_uafs put gates into, got Net"):
+        remove_uafs(model)
+    insert_uafs(model, ["down"], 2, example_input=x)
+    insert_uafs(model, ["deep"], 2, example_input=x)
+    gated = model(x)
+    other = copy.deepcopy(model)
+    assert remove_uafs(other) is other
+    assert torch.equal(other(x), expected)
+    assert list(other.state_dict()) == keys
+    assert not other.down._forward_hooks
+    assert torch.equal(model(x), gated)
+    with pytest.raises(ValueError, match="gates"):
+        remove_uafs(other)
+    insert_uafs(other, ["down"], 2, example_input=x)
+    pdcr = attach_pdcr(other.train(), ["down"], 3, example_input=x)
+    other(x)
+    assert pdcr(y).requires_grad
 
 
 class Squeeze(nn.Module):
