@@ -94,9 +94,7 @@ def train(args: argparse.Namespace, config: Config) -> None:
         found = run(config, args.out, team, args.quiet)
         if team.first:
             scores = ", ".join(f"{name} {found['scores'][name]:.4f}" for name in study.SCORES)
-            print(
-                f"{found['test_cases']} test cases: {scores}. All that was found: {args.out / 'result.json'}"
-            )
+            print(f"{found['test_cases']} test cases: {scores}. More: {args.out / 'result.json'}")
 
 
 def conduct(args: argparse.Namespace, config: Config) -> None:

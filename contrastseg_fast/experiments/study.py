@@ -173,16 +173,14 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
     differences = np.subtract(values, baseline)
     low = high = None
     if len(differences) > 1:
-        low, high = stats.t.interval(
-            CONFIDENCE, len(differences) - 1, differences.mean(), stats.sem(differences)
-        )
-        if np.ptp(differences) == 0:  # scipy has no interval of width 0
-            low = high = differences[0]
+        error = stats.sem(differences)
+        reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
+        low, high = float(differences.mean() - reach), float(differences.mean() + reach)
     return {
         "n": len(differences),
         "mean": float(differences.mean()),
-        "low": None if low is None else float(low),
-        "high": None if high is None else float(high),
+        "low": low,
+        "high": high,
     }
 
 
