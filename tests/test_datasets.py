@@ -31,6 +31,7 @@ from contrastseg_fast.experiments.datasets import (  # noqa: E402
     DataError,
     Dataset,
     open_dataset,
+    volumes,
 )
 from contrastseg_fast.experiments.datasets.digestpath import patient  # noqa: E402
 from contrastseg_fast.experiments.datasets.folder import Folder  # noqa: E402
@@ -156,6 +157,15 @@ class TestReading:
         dataset = opened("pairs", tmp_path, values=(255, 128, 0), class_names=("sky", "cup", "disc"))
         assert dataset.class_names == ("sky", "cup", "disc")
         assert dataset.cases[0].load().labels.tolist() == [[1, 2], [0, 1]]
+
+    def test_lossy_masks_go_to_the_nearest_value(self, tmp_path: Path) -> None:
+        """Flat areas survive JPEG; values that lie close together, in any order, are told apart."""
+        labels = np.kron([[0, 1], [2, 0]], np.ones((16, 16), int))
+        values = np.array([100, 0, 160])
+        save(tmp_path / "images" / "a.jpg", values[labels].astype(np.uint8))
+        save(tmp_path / "masks" / "a.jpg", (values[labels] + 9).astype(np.uint8))
+        dataset = opened("pairs", tmp_path, values=values.tolist())
+        assert dataset.cases[0].load().labels.tolist() == labels.tolist()
 
     def test_pairs_of_volumes_and_other_names(self, tmp_path: Path) -> None:
         labels = np.arange(60).reshape(3, 4, 5) % 3
@@ -765,6 +775,14 @@ class TestSafety:
         path.write_bytes(gzip.compress(bytes(stored)) if ending == ".nii.gz" else bytes(stored))
         with pytest.raises(DataError, match=rf"a{ending}: expected at most .* got a header that claims \d+"):
             opened("pairs", tmp_path)
+
+    def test_volumes_that_compress_well_are_refused_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = build("decathlon", tmp_path, cases=1, size=8)
+        monkeypatch.setattr(volumes, "MAX_VALUES", 8 * 16 * 4 - 1)
+        with pytest.raises(DataError, match=r"expected at most 511 values, got a header that claims 512"):
+            opened("decathlon", folder)
 
     @pytest.mark.parametrize("name", ["pairs", "isic2016", "ph2", "decathlon"])
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

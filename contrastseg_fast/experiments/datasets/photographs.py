@@ -140,29 +140,27 @@ def read_grey(path: Path) -> np.ndarray:
 
 def exact_labels(grey: np.ndarray, values: Sequence[int], path: Path) -> np.ndarray:
     """Class of every pixel, int64; DataError where a pixel has none of the values."""
-    order = np.argsort(values)
-    ordered = np.asarray(values)[order]
-    position = np.searchsorted(ordered, grey).clip(max=len(values) - 1)
-    wrong = ordered[position] != grey
+    labels = np.full(grey.shape, -1, np.int64)
+    for m, value in enumerate(values):
+        labels[grey == value] = m
+    wrong = labels < 0
     if wrong.any():
         others = np.unique(grey[wrong])
         shown = ", ".join(f"{value:g}" for value in others[:8]) + (", ..." if len(others) > 8 else "")
         expected = f"values {', '.join(map(str, values))} only (one a class)"
         raise DataError(path, expected, f"{shown} in {wrong.mean():.2%} of it")
-    return order[position].astype(np.int64)
+    return labels
 
 
 def nearest_labels(grey: np.ndarray, values: Sequence[int], path: Path) -> np.ndarray:
-    """Class of every pixel of a lossy mask: that of the nearest value.
+    """Class of every pixel of a lossy mask, `grey` uint8: that of the nearest value.
 
     Raises:
         DataError: more than a tenth of the pixels lie nearer to the middle between two values than to one.
     """
-    order = np.argsort(values)
-    ordered = np.asarray(values, dtype=np.float64)[order]
-    position = np.searchsorted((ordered[1:] + ordered[:-1]) / 2, grey)
-    far = np.abs(grey - ordered[position]) > np.diff(ordered).min() / 4
-    if far.mean() > BLURRED_SHARE:
+    distance = np.abs(np.arange(256)[:, None] - np.asarray(values))
+    far = (distance.min(1) > np.diff(np.sort(values)).min() / 4)[grey].mean()
+    if far > BLURRED_SHARE:
         expected = f"grey values near {', '.join(map(str, values))}"
-        raise DataError(path, expected, f"{far.mean():.0%} of the pixels far from them")
-    return order[position].astype(np.int64)
+        raise DataError(path, expected, f"{far:.0%} of the pixels far from them")
+    return distance.argmin(1)[grey]
