@@ -163,7 +163,7 @@ class RegularizedLoss(_Loss):
         Raises:
             TypeError, ValueError, RuntimeError: as the two raise.
         """
-        regularization = self.pdcr(_plain(modules.finest(target)))
+        regularization = _plain(self.pdcr(_plain(modules.finest(target))))
         self.last_pdcr = regularization.detach()
         return _plain(self.loss(input, target)) + self.weight * regularization
 
