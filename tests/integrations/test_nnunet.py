@@ -374,13 +374,15 @@ def gradients(trainer: nnUNetTrainer, batch: dict[str, Any]) -> dict[str, Tensor
     return {"pdcr": mean} | {key: p.grad.clone() for key, p in named if p.grad is not None}
 
 
-def derived(root: Path, base: type, **attributes: Any) -> nnUNetTrainer:
-    """A trainer of the flat dataset, of a class that sets attributes as users do."""
+def derived(root: Path, base: type, labels: dict[str, Any] | None = None, **attributes: Any) -> nnUNetTrainer:
+    """A trainer of the flat dataset, or of one with other labels, whose class sets attributes as users do."""
     folder = root / "preprocessed" / "Dataset001_Flat"
     plans, dataset = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset")
     )
     plans["continue_training"] = False
+    if labels is not None:
+        dataset |= {"labels": labels, "regions_class_order": [1]}
     return type("Derived", (base,), attributes)(plans, "2d", 0, dataset, torch.device("cpu"))
 
 
@@ -449,6 +451,57 @@ def test_settings_are_class_attributes(root: Path) -> None:
     (gate,) = gated.network.uafs.values()
     assert gate.head[0].out_channels == 4
     assert isinstance(gate.head[1], nn.InstanceNorm2d)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_single_region_is_foreground_against_the_rest(root: Path, ignore: bool) -> None:
+    labels = {"background": 0, "whole": [1, 2]} | ({"ignore": 3} if ignore else {})
+    trainer = derived(root, trainers.nnUNetTrainerPDCRUAFS, labels, pdcr_class_distance="sum")
+    trainer.initialize()
+    (gate, *_) = trainer.network.uafs.values()
+    assert gate.num_classes == 2
+    region = torch.zeros(2, 1 + ignore, 40, 40, dtype=torch.bool)
+    region[:, 0, 10:25, 8:30] = True
+    if ignore:
+        region[:, 1, :, 20:] = True
+    maps: dict[str, Tensor] = {}
+    fields = trainer.pdcr.loss.receptive_fields
+    for layer in fields:
+        module = trainer.network.get_submodule(layer)
+        module.register_forward_hook(lambda _, inputs, output, layer=layer: maps.update({layer: output}))
+    trainer.network(torch.randn(2, 1, 40, 40))
+    value = trainer.pdcr(*trainer.loss._labels_and_mask(region))
+    # One class of two: half the distance of both classes is that of the foreground.
+    boxes = trainer.pdcr.loss.patch_size
+    two_classes = reference.PDCRLoss(
+        fields, 2, class_distance="tv", patch_size=boxes, skip_homogeneous=True, border="background"
+    )
+    mask = ~region[:, 1:] if ignore else None
+    expected = two_classes({layer: x.double() for layer, x in maps.items()}, region[:, 0].long(), mask)
+    torch.testing.assert_close(value, expected.float())
+
+
+def test_half_precision_as_on_a_gpu(root: Path) -> None:
+    trainer, batch = started(1, make_trainer(1, "nnUNetTrainerPDCRUAFS"))
+    expected = gradients(trainer, batch)["pdcr"]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = gradients(trainer, batch)
+    torch.testing.assert_close(actual["pdcr"], expected, rtol=0.02, atol=0.02)
+    assert all(value.isfinite().all() for value in actual.values())
+
+
+def test_mixes_with_trainers_of_nnunet_and_of_the_examples(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = recursive_find_trainer_class_by_name("nnUNetTrainer_5epochs")
+    mixed = type("Mixed", (trainers.nnUNetTrainerPDCRUAFS, short), {})
+    trainer = derived(root, mixed)
+    assert trainer.num_epochs == 5
+    trainer.initialize()
+    assert len(trainer.network.uafs) == 7
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[2] / "examples" / "nnunet"))
+    for name in ("nnUNetTrainerPDCRStrong", "nnUNetTrainerPDCRUAFSEncoder", "nnUNetTrainerPDCRTrial"):
+        make_trainer(1, name).initialize()
 
 
 def test_networks_of_unknown_make_need_names(root: Path) -> None:
