@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn  # noqa: E402
 from contrastseg_fast.experiments import __main__ as command  # noqa: E402
 from contrastseg_fast.experiments import comparators, networks, runs, study  # noqa: E402
 from contrastseg_fast.experiments.batches import Cases, Patches, batches  # noqa: E402
-from contrastseg_fast.experiments.config import CONFIGS, Config, Network, load_config  # noqa: E402
+from contrastseg_fast.experiments.config import CONFIGS, Config, Network, load_config, load_published  # noqa: E402
 from contrastseg_fast.experiments.datasets import DataError  # noqa: E402
 
 TINY: dict[str, Any] = {
@@ -287,6 +289,28 @@ class TestTraining:
         again = runs.load_best(config, tmp_path)
         assert again.score(again.test_cases) == found["scores"]
 
+    def test_tensorboard_gets_the_log_where_it_is_installed(
+        self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found: list[tuple[Any, ...]] = []
+
+        class SummaryWriter:
+            def __init__(self, folder: str, purge_step: int) -> None:
+                found.append((folder, purge_step))
+
+            def add_scalar(self, *scalar: Any) -> None:
+                found.append(scalar)
+
+            def close(self) -> None:
+                found.append(("closed",))
+
+        board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+        result = runs.run(config.changed({"training.steps": 1}), tmp_path, quiet=True)
+        assert found[0] == (str(tmp_path / "tensorboard"), 0)
+        assert ("validation_dice", result["validation_dice"], 1) in found
+        assert found[-1] == ("closed",)
+
     def test_scores_at_the_images_own_resolution(self, config: Config) -> None:
         resized = config.changed({"data.resize": [16, 16], "data.patch": None})
         experiment = runs.Experiment(resized)
@@ -459,6 +483,9 @@ class TestStudies:
         assert command.main([*words, "--dry-run"]) == 0
         assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["to", "do"]] * 8
         assert not (tmp_path / "runs").exists()
+        published = tmp_path / "paper.yaml"
+        published.write_text("unet: {UAFS: 12.34}")
+        words += ["--paper-values", str(published)]
         assert command.main(words) == 0
         text = (tmp_path / "results.json").read_text()
         record = json.loads(text)
@@ -476,8 +503,8 @@ class TestStudies:
             assert set(row["embeddings"]) == {"model.0", "model.1.submodule.0"}
         page = (tmp_path / "index.html").read_text()
         printed = capsys.readouterr().out
-        for fact in ("PDCR + UAFS", "t interval over the seeds", "mean cosine"):
-            assert fact in page
+        for fact in ("PDCR + UAFS", "t interval over the seeds", "mean cosine", "the paper's Dice", "12.34"):
+            assert fact in html.unescape(page)
             assert fact in " ".join(printed.split())
 
         monkeypatch.setattr(runs, "Experiment", None)  # nothing is computed again
@@ -502,6 +529,19 @@ class TestStudies:
         assert page.count("data:image/png;base64,") == 3
         record = (tmp_path / "out" / "results.json").read_text()
         assert str(tmp_path) not in record
+
+    def test_studies_are_not_for_torchrun(
+        self, settings_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(SystemExit):
+            command.main(["sites", str(settings_file), "--dry-run"])
+        assert "sites: expected one process, got torchrun" in capsys.readouterr().err
+
+    def test_values_of_the_paper_that_are_none(self, tmp_path: Path) -> None:
+        (tmp_path / "paper.yaml").write_text("unet: high")
+        with pytest.raises(ValueError, match=r"paper\.yaml: expected \{group"):
+            load_published(tmp_path / "paper.yaml")
 
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -7,6 +7,7 @@ contrastseg-fast table3 hippocampus --data Task04_Hippocampus --seeds 0 1 2
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 
 from contrastseg_fast import functional
 from contrastseg_fast.experiments import drawing, report, study
-from contrastseg_fast.experiments.config import CONFIGS, Config, load_config
+from contrastseg_fast.experiments.config import CONFIGS, Config, load_config, load_published
 from contrastseg_fast.experiments.networks import build
 from contrastseg_fast.experiments.runs import processes, run
 from contrastseg_fast.experiments.tables import study_tables
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
         added = command(name, text)
         added.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
         added.add_argument("--weight", type=float, default=0.01, help="of PDCR (default %(default)s)")
+        added.add_argument(
+            "--paper-values", type=Path, help="YAML: the paper's Dice in %% by group and variant"
+        )
         added.add_argument("--dry-run", action="store_true", help="list the runs, and which are done")
         return added
 
@@ -100,6 +104,8 @@ def train(args: argparse.Namespace, config: Config) -> None:
 def conduct(args: argparse.Namespace, config: Config) -> None:
     """All runs of a study, its tables and its page."""
     planned = study.jobs(config, variants(args, config), args.seeds)
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(f"{args.command}: expected one process, got torchrun, which is for train")
     if args.dry_run:
         for job in planned:
             done = "done" if (args.out / "runs" / job.folder / "result.json").exists() else "to do"
@@ -109,7 +115,9 @@ def conduct(args: argparse.Namespace, config: Config) -> None:
     def started(number: int, job: study.Job) -> None:
         print(f"{number}/{len(planned)} {job.folder}", flush=True)
 
-    record = study.conduct(args.command, config, planned, args.out, command_line(args), started, args.quiet)
+    published = load_published(args.paper_values) if args.paper_values else {}
+    line = command_line(args.words)
+    record = study.conduct(args.command, config, planned, args.out, line, started, published, args.quiet)
     if args.command == "figures":
         drawing.draw(planned, args.out)
     report.write_study(record, args.out)
@@ -118,10 +126,10 @@ def conduct(args: argparse.Namespace, config: Config) -> None:
     print(f"Tables and pictures: {args.out / 'index.html'}")
 
 
-def command_line(args: argparse.Namespace) -> str:
+def command_line(given: Sequence[str]) -> str:
     """The command as it can be given again, with names of folders left out."""
-    words = ["contrastseg-fast", *args.words]
-    for option in ("--data", "--out"):
+    words = ["contrastseg-fast", *given]
+    for option in ("--data", "--out", "--paper-values"):
         words = [
             option.removeprefix("--").upper() if k and words[k - 1] == option else word
             for k, word in enumerate(words)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from contrastseg_fast import functional, modules, sampling
 from contrastseg_fast.experiments.datasets import DATASETS
@@ -199,6 +199,22 @@ def load_config(path: Path | str, changes: Sequence[str] = ()) -> Config:
         raise ValueError(f"{file.name}: expected YAML, got: {error}") from error
     config = _validated(values, file.name)
     return config.changed(dict(map(_change, changes)))
+
+
+def load_published(path: Path) -> dict[str, dict[str, float]]:
+    """What the paper reports, to stand beside what was found: `{group: {variant: Dice in %}}`, from YAML.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        published: dict[str, dict[str, float]] = TypeAdapter(dict[str, dict[str, float]]).validate_python(
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        )
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        raise ValueError(f"{path.name}: expected {{group: {{variant: Dice in %}}}}, got: {error}") from error
+    return published
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -31,6 +31,7 @@ from contrastseg_fast.experiments.datasets import open_dataset
 from contrastseg_fast.experiments.evaluation import Outcome, embedding_statistics, examine, scores
 from contrastseg_fast.experiments.files import replace_bytes, replace_text
 from contrastseg_fast.experiments.networks import build
+from contrastseg_fast.experiments.provenance import commit
 from contrastseg_fast.experiments.training import Trainer
 from contrastseg_fast.plugin import AttachedPDCR
 
@@ -227,6 +228,7 @@ class Experiment:
             self.model.load_state_dict(best["model"])
             found = {
                 "settings": self.config.record(),
+                "commit": commit(),
                 "best_step": best["step"],
                 "validation_dice": progress["best"],
                 "test_cases": len(self.test_cases),
@@ -282,7 +284,8 @@ class Experiment:
                     continue
                 row: dict[str, Any] = {"step": step, "lr": self.trainer.schedule.get_last_lr()[0]}
                 steps = (step - 1) % self.epoch_steps + 1
-                means = self.team.sum(torch.tensor(list(totals.values()), dtype=torch.float64)) / team.world
+                sums = torch.tensor(list(totals.values()), dtype=torch.float64, device=team.device)
+                means = team.sum(sums) / team.world
                 row |= dict(zip(totals, (means / steps).tolist(), strict=True))
                 row["validation_dice"] = self.score(self.validation_cases)["dice"]
                 totals = {}

@@ -224,12 +224,14 @@ def conduct(
     out: Path,
     command: str,
     started: Callable[[int, Job], object],
+    published: Mapping[str, Mapping[str, float]],
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Make every run that is not finished yet, and write `results.json` after each.
 
     Args:
         started: told the number and the job before each run.
+        published: the paper's Dice in %, by group and variant, as far as it is given.
 
     Returns:
         the content of `results.json`.
@@ -259,6 +261,7 @@ def conduct(
                 f"{other.variant.group}: {other.variant.name}": dict(other.variant.changes)
                 for other in planned
             },
+            "published": published,
             "runs": done,
             "summary": summarise(done),
         }

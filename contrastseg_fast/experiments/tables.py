@@ -77,10 +77,15 @@ def study_tables(record: dict[str, Any]) -> list[Table]:
                     _spread(found["repelled_fraction"]),
                 ]
             )
+    header = ["group", "variant", "n", "Dice", "Dice - baseline [95 %]", "Jaccard", "accuracy"]
+    if published := record["published"]:
+        header.append("the paper's Dice")
+        for line, row in zip(scored, summary, strict=True):
+            line.append(_number(published.get(row["group"], {}).get(row["name"]), "{:.2f}"))
     return [
         Table(
             f"{record['study']}: scores of the test cases, %",
-            ["group", "variant", "n", "Dice", "Dice - baseline [95 %]", "Jaccard", "accuracy"],
+            header,
             scored,
             "Mean and standard deviation over n seeds; Dice and Jaccard are means over the cases and all "
             "classes but background. The difference is to the group's first row, pairwise by seed, with the "
