@@ -9,7 +9,7 @@ OTHER_TORCH := $(OTHER)/.torch
 OTHER_READY := $(OTHER)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup demo test test-integrations bench lint clean
+.PHONY: setup demo test test-integrations bench gpu-check lint clean
 
 setup: $(READY)
 
@@ -44,6 +44,9 @@ test-integrations: $(OTHER_READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Work
 from contrastseg_fast import functional, reference
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,6 +80,12 @@ def _copies(_size: Size, inputs: Inputs) -> Run:
     return run
 
 
+def _work(size: Size, inputs: Inputs) -> Work:
+    """H and logits in and Hhat out; then both, and Hhat's gradient, in, and two gradients out."""
+    features, logits, _ = inputs
+    return Work(bytes=5 * features.nbytes + 3 * logits.nbytes)
+
+
 def _oracle(size: Size, inputs: Inputs) -> Result:
     return _with_gradients(reference.entropy_gate)(size, tuple(each.double() for each in inputs))()
 
@@ -96,6 +102,7 @@ OPERATION = Operation(
     checked=lambda size: size,
     tiny=lambda size: _cut(size, 5, 7),
     tolerance=lambda size: 1e-5 if size.dtype == "fp32" else 1e-2,
+    work=_work,
     implementations=(
         Implementation(OURS, _with_gradients(functional.entropy_gate)),
         Implementation(

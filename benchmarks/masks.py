@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import contrastseg_fast
-from contrastseg_fast.functional import sample_grid
-from contrastseg_fast.reference import foreground_ratio
+from contrastseg_fast.functional import foreground_ratio, sample_grid
 
 FIELD, STRIDE = 11, 4  # pixels: receptive field and stride of a second encoder stage
 _VOLUME = Path(contrastseg_fast.__file__).parent / "data" / "chest_ct.npz"
@@ -31,13 +30,29 @@ def chest_images(batch: int, extent: int) -> Tensor:
     return _spread(_read("image"), batch, extent)[:, None].float() / 255
 
 
+def chest_crops(batch: int, extent: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Images `(batch, 1, extent, extent, extent)` fp32, and labels of cubes along the body."""
+    labels = chest_volume(num_classes)[0]
+    image = _read("image")
+    across = tuple(slice((size - extent) // 2, (size + extent) // 2) for size in labels.shape[1:])
+    room = labels.shape[0] - extent
+    cubes = [
+        (slice(first, first + extent), *across)
+        for first in ((2 * b + 1) * room // (2 * batch) for b in range(batch))
+    ]
+    images = torch.stack([image[cube] for cube in cubes])[:, None].float() / 255
+    return images, torch.stack([labels[cube] for cube in cubes])
+
+
 def grid_starts(extent: int, count: int) -> Tensor:
     """First pixels `(count, 2)` of the fields of a grid of features at `STRIDE`."""
     return sample_grid((extent // STRIDE, extent // STRIDE), count) * STRIDE - FIELD // 2
 
 
 def mask_ratios(batch: int, count: int, num_classes: int, extent: int = 512) -> Tensor:
-    """Foreground ratios `(batch, count, num_classes)` of grid samples of such slices."""
+    """Foreground ratios `(batch, count, num_classes)` of grid samples of slices large enough."""
+    while (extent // STRIDE) ** 2 < count:
+        extent *= 2
     labels, starts = chest_slices(batch, extent, num_classes), grid_starts(extent, count)
     ratios, _ = foreground_ratio(labels, starts, (FIELD, FIELD), num_classes)
     return ratios

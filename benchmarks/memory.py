@@ -1,12 +1,16 @@
-"""Peak memory of one call, in a fresh process."""
+"""Peak memory of one call: of the process on the CPU, in a fresh one; of CUDA's allocator on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 from multiprocessing.connection import Connection
 
+import torch
+
 from benchmarks import registry
+from benchmarks.operation import Case, Implementation
 from contrastseg_fast.experiments.compare import peak_bytes as process_peak_bytes
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -31,6 +35,22 @@ def peak_bytes(case_id: str, name: str) -> int:
         raise RuntimeError(f"the measuring process ended with status {process.exitcode}") from None
     finally:
         process.join()
+
+
+def device_peak_bytes(case: Case, implementation: Implementation) -> int:
+    """What one call allocates on the GPU at its highest, in bytes, beyond its inputs; results included."""
+    inputs = case.operation.make_inputs(case.size, case.device)
+    run = implementation.prepare(case.size, inputs)
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del results
+    return peak - before
 
 
 def _measure(sender: Connection, case_id: str, name: str) -> None:

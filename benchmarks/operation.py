@@ -20,6 +20,16 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What any implementation must at least do: the roofline of an operation at a size."""
+
+    bytes: float  # read and written once
+    flops: float = 0.0  # of matrix products
+    exponentials: float = 0.0
+    dtype: str = "fp32"  # of the products' factors
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.
 
@@ -30,7 +40,10 @@ class Implementation:
     name: str
     prepare: Callable[[Any, Inputs], Run]
     bytes_needed: Callable[[Any], float] = lambda _size: 0  # at its peak, beyond the inputs
-    refuse: Callable[[Any], str | None] = lambda _size: None  # why this size is out of the question
+    refuse: Callable[[Any, str], str | None] = lambda _size, _device: (
+        None
+    )  # why a size is out of the question
+    devices: tuple[str, ...] = ("cpu", "cuda")
     yardstick: bool = False
     weighed: bool = True  # whether its peak memory is measured
     compiles: bool = False  # in its first call at a size
@@ -52,6 +65,8 @@ class Operation:
     tolerance: Callable[[Any], float]  # of the normwise error of each result
     implementations: tuple[Implementation, ...]
     memory_unit: Callable[[Any], int] | None = None  # the bytes that extra memory is compared with
+    work: Callable[[Any, Inputs], Work] | None = None
+    rotates: bool = True  # whether calls may take turns over equal inputs in different memory
 
     def implementation(self, name: str) -> Implementation:
         return next(each for each in self.implementations if each.name == name)
@@ -59,18 +74,27 @@ class Operation:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at one size. With `rounds` it runs exactly so often, without a first call to warm up."""
+    """An operation at one size. With `rounds` it runs exactly so often, without a first call to warm up.
+
+    With `graph`, on CUDA, replays of a captured graph are timed.
+    """
 
     operation: Operation
     size: Any
     device: str = "cpu"
     rounds: int | None = None
     without: tuple[str, ...] = ()
+    graph: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.operation.name}/{self.size}"
+        where = "" if self.device == "cpu" else f"@{self.device}"
+        return f"{self.operation.name}/{self.size}{where}{',graph' if self.graph else ''}"
 
     @property
     def implementations(self) -> list[Implementation]:
-        return [each for each in self.operation.implementations if each.name not in self.without]
+        return [
+            each
+            for each in self.operation.implementations
+            if each.name not in self.without and self.device in each.devices
+        ]

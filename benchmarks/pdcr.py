@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.masks import mask_ratios
-from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable, Work
 from contrastseg_fast import functional, reference
 from contrastseg_fast.ops import pdcr as op
 
 TEMPERATURE = 0.5
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILES = (256, 512, 1024)
 CHECKED = 4096
 KEOPS_PAIRS = 2**20
+FLEX_CHANNELS = (16, 32, 64, 128, 256)  # head dimensions it is made for
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,6 +82,42 @@ def _ours(vectors: Tensor, ratios: Tensor) -> Tensor:
     return functional.pdcr_loss(vectors, ratios, temperature=TEMPERATURE)
 
 
+def _forward_alone(_size: Size, inputs: Inputs) -> Run:
+    """The part of ours that FlexAttention has a counterpart of, and the sums next to it."""
+    return lambda: (_ours(*inputs),)
+
+
+def flex_log_z(attention: Callable[..., Any], vectors: Tensor, ratios: Tensor) -> Tensor:
+    """log Z of Eq. 7 `(B, N)` as the log-sum-exp of attention with d as a factor of its scores."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    u = torch.nn.functional.normalize(vectors.float(), dim=-1).to(vectors.dtype)[:, None]
+    classes = ratios.shape[-1]
+
+    def times_distance(score: Tensor, b: Tensor, _head: Tensor, i: Tensor, k: Tensor) -> Tensor:
+        distance = (ratios[b, i, 0] - ratios[b, k, 0]).abs()
+        for m in range(1, classes):
+            distance = distance + (ratios[b, i, m] - ratios[b, k, m]).abs()
+        return score * (distance / classes)
+
+    wanted = AuxRequest(lse=True)
+    _, found = attention(u, u, u, score_mod=times_distance, scale=1 / TEMPERATURE, return_aux=wanted)
+    return found.lse[:, 0]
+
+
+def _flex(_size: Size, inputs: Inputs) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attention = torch.compile(flex_attention, dynamic=False)
+    return lambda: (flex_log_z(attention, *inputs),)
+
+
+def _flex_unsuited(size: Size, _device: str) -> str | None:
+    if size.channels not in FLEX_CHANNELS:
+        return f"made for head dimensions of {FLEX_CHANNELS}"
+    return None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The operator's plain-PyTorch kernel, as on devices without a kernel of their own."""
 
@@ -120,8 +157,8 @@ def _keops(size: Size, inputs: Inputs) -> Run:
     return _with_gradient(loss)(size, inputs)
 
 
-def _keops_too_slow(size: Size) -> str | None:
-    if size.batch * size.count**2 > KEOPS_PAIRS:
+def _keops_too_slow(size: Size, device: str) -> str | None:
+    if device == "cpu" and size.batch * size.count**2 > KEOPS_PAIRS:
         return "over ten seconds a call on a CPU"
     return None
 
@@ -178,6 +215,27 @@ def _dense_bytes(matrices: float) -> Callable[[Size], float]:
     return lambda size: matrices * size.matrix_bytes
 
 
+def _pairs_that_differ(ratios: Tensor) -> float:
+    """The share of pairs whose distance is not 0; the others need no product."""
+    equal = 0
+    for image in ratios:
+        _, counts = image.unique(dim=0, return_counts=True)
+        equal += int(counts.square().sum())
+    return 1 - equal / (ratios.shape[0] * ratios.shape[1] ** 2)
+
+
+def _work(size: Size, inputs: Inputs) -> Work:
+    """Both directions, every symmetric pair once, equal ratios skipped: S twice, and H U."""
+    vectors, ratios = inputs
+    pairs = size.batch * size.count**2 * _pairs_that_differ(ratios)
+    return Work(
+        bytes=3 * vectors.nbytes + 2 * ratios.nbytes + 8 * size.batch * size.count,
+        flops=4 * pairs * size.channels,
+        exponentials=pairs,
+        dtype=size.dtype,
+    )
+
+
 def _oracle(_size: Size, inputs: Inputs) -> Result:
     vectors, ratios = (each.double() for each in inputs)
     return _with_gradient(_reference)(_size, (vectors, ratios))()
@@ -191,6 +249,7 @@ OPERATION = Operation(
     tiny=lambda size: replace(size, count=min(size.count, 49), channels=min(size.channels, 8)),
     tolerance=lambda size: 1e-5 if size.dtype == "fp32" else 1e-2,
     memory_unit=lambda size: 4 * size.batch * size.count * size.channels,
+    work=_work,
     implementations=(
         Implementation(OURS, _with_gradient(_ours)),
         Implementation(
@@ -206,12 +265,25 @@ OPERATION = Operation(
             _with_gradient(_released),
             bytes_needed=lambda size: 6 * size.channels * size.matrix_bytes,
         ),
+        Implementation("forward alone", _forward_alone, devices=("cuda",), yardstick=True),
+        Implementation(
+            "FlexAttention, log Z alone",
+            _flex,
+            refuse=_flex_unsuited,
+            devices=("cuda",),
+            yardstick=True,
+            compiles=True,
+        ),
         Implementation(
             "three products", _three_products, bytes_needed=_dense_bytes(2), yardstick=True, weighed=False
         ),
         *(
             Implementation(
-                f"two products, tiles of {tile}", _two_products_in_tiles(tile), yardstick=True, weighed=False
+                f"two products, tiles of {tile}",
+                _two_products_in_tiles(tile),
+                devices=("cpu",),
+                yardstick=True,
+                weighed=False,
             )
             for tile in TILES
         ),

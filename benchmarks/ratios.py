@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from benchmarks.masks import FIELD, chest_slices, chest_volume, grid_starts
-from benchmarks.operation import OURS, Implementation, Inputs, Operation, Run
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Run, Work
 from contrastseg_fast import functional, reference
 
 Ratios = Callable[[Tensor, Tensor, Sequence[int], int], Tensor]
@@ -99,8 +99,11 @@ def _cumsum(membership: Callable[[Tensor, int], Tensor]) -> Ratios:
     return ratios
 
 
+ratios_by_cumsum = _cumsum(_lean_one_hot)
+
+
 def _compiled(size: Size, inputs: Inputs) -> Run:
-    ratios = torch.compile(_cumsum(_lean_one_hot), dynamic=False, fullgraph=True)
+    ratios = torch.compile(ratios_by_cumsum, dynamic=False, fullgraph=True)
     return _plain(ratios)(size, inputs)
 
 
@@ -132,6 +135,12 @@ def _pixel_bytes(bytes_per_pixel: int) -> Callable[[Size], float]:
     return needed
 
 
+def _work(size: Size, inputs: Inputs) -> Work:
+    labels, starts = inputs
+    written = 4 * labels.shape[0] * size.count * (size.classes + 1)
+    return Work(bytes=labels.nbytes + starts.nbytes + written)
+
+
 OPERATION = Operation(
     name="foreground_ratio",
     make_inputs=_inputs,
@@ -139,13 +148,14 @@ OPERATION = Operation(
     checked=lambda size: size,
     tiny=lambda size: replace(size, batch=1, extent=size.extent and 64, count=25),
     tolerance=lambda _size: 1e-6,
+    work=_work,
     implementations=(
         Implementation(OURS, _plain(_ours)),
         Implementation("reference", _plain(_reference), bytes_needed=_pixel_bytes(17)),
         Implementation("one-hot + cumsum", _plain(_cumsum(_one_hot)), bytes_needed=_pixel_bytes(12)),
         Implementation("lean cumsum", _plain(_cumsum(_lean_one_hot)), bytes_needed=_pixel_bytes(12)),
         Implementation("torch.compile", _compiled, bytes_needed=_pixel_bytes(12), compiles=True),
-        Implementation("released", _plain(_released)),
+        Implementation("released", _plain(_released), devices=("cpu",)),
         Implementation("one read of the labels", _read, yardstick=True, weighed=False),
     ),
 )

@@ -13,25 +13,41 @@ from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import ceilings
 from benchmarks.operation import OURS, Case
 from benchmarks.timing import Entry, Settings, ratio_of_medians
-from contrastseg_fast import ops
+from contrastseg_fast import _backend, ops
 
 RESULTS = Path(__file__).with_name("results")
 QUANTILES = (20, 50, 80)
-_PACKAGES = ("contrastseg_fast", "torch", "numpy", "monai", "pykeops", "pytest-benchmark")
+_PACKAGES = (
+    *("contrastseg_fast", "torch", "triton", "numpy", "monai", "torchvision", "segmentation-models-pytorch"),
+    *("pykeops", "pytest-benchmark"),
+)
+_GPU_QUERY = {  # what nvidia-smi calls it
+    "driver": "driver_version",
+    "sm_clock": "clocks.sm",
+    "memory_clock": "clocks.mem",
+    "highest_sm_clock": "clocks.max.sm",
+    "highest_memory_clock": "clocks.max.mem",
+    "power_limit": "power.limit",
+    "temperature": "temperature.gpu",
+    "utilization": "utilization.gpu",
+}
 _ROOT = Path(__file__).resolve().parent.parent
 
 Record = dict[str, Any]
 
 
-def new(command: str, machine: dict[str, Any], settings: Settings) -> Record:
-    """A record without cases; `machine` is pytest-benchmark's machine info."""
+def new(command: str, machine: dict[str, Any], settings: Settings, device: str = "cpu") -> Record:
+    """A record without cases; `machine` is pytest-benchmark's machine info, or like it."""
+    on_gpu = {"gpu": gpu(), "gpu_kernels": _kernels("CUDA")} if device == "cuda" else {}
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -43,9 +59,10 @@ def new(command: str, machine: dict[str, Any], settings: Settings) -> Record:
             "threads": torch.get_num_threads(),
             "vector_code": torch.backends.cpu.get_cpu_capability(),
             "memory_gb": round(physical_bytes() / 1e9, 1),
-            "kernels": _kernels(),
+            "kernels": _kernels("CPU"),
             "load_average": os.getloadavg()[0],
             "system": f"{machine['system']} {machine['release']} {machine['machine']}",
+            **on_gpu,
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "settings": asdict(settings),
@@ -53,8 +70,40 @@ def new(command: str, machine: dict[str, Any], settings: Settings) -> Record:
     }
 
 
-def describe_case(case: Case, entries: dict[str, Entry]) -> dict[str, Any]:
-    """A case as it is recorded: quantiles next to the samples, and times relative to ours."""
+def gpu() -> dict[str, Any]:
+    """The current CUDA device, its driver and its clocks as found, and which backends cannot run on it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "unavailable": {name: _backend.unavailable(name, device) for name in ("triton", "cuda")},
+        **_clocks(properties.uuid),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def describe_case(
+    case: Case, entries: dict[str, Entry], measured_ceilings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A case as it is recorded: quantiles next to the samples, times relative to ours, and to the roofline.
+
+    `share` is the floor's part of an implementation's median time, where ceilings were measured.
+    """
     operation = case.operation
     described: dict[str, Any] = {
         "id": case.id,
@@ -65,6 +114,14 @@ def describe_case(case: Case, entries: dict[str, Entry]) -> dict[str, Any]:
     }
     if operation.memory_unit is not None:
         described["memory_unit_bytes"] = operation.memory_unit(case.size)
+    work = operation.work
+    if measured_ceilings is not None and work is not None:
+        inputs = operation.make_inputs(case.size, case.device)
+        described["floor"] = ceilings.floor(work(case.size, inputs), measured_ceilings)
+        for implementation in case.implementations:
+            entry = entries.get(implementation.name, {})
+            if "seconds" in entry and not implementation.yardstick:
+                entry["share"] = described["floor"]["seconds"] / median(entry["seconds"])
     ours = entries.get(OURS, {})
     for entry in entries.values():
         if "seconds" in entry:
@@ -109,12 +166,27 @@ def _rounded(value: Any) -> Any:
             return value
 
 
-def _kernels() -> list[str]:
-    """The operators that have a compiled kernel for the CPU; the others run in plain PyTorch."""
+def _clocks(uuid: Any) -> dict[str, str]:
+    """What nvidia-smi says of the card, as it was found."""
+    command = [
+        "nvidia-smi",
+        f"--id=GPU-{uuid}",
+        f"--query-gpu={','.join(_GPU_QUERY.values())}",
+        "--format=csv,noheader",
+    ]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"driver": "unknown"}
+    return dict(zip(_GPU_QUERY, (value.strip() for value in line.split(",")), strict=False))
+
+
+def _kernels(key: str) -> list[str]:
+    """The operators that have a kernel of their own for the CPU or CUDA; the others run in plain PyTorch."""
     for module in pkgutil.iter_modules(ops.__path__):
         import_module(f"{ops.__name__}.{module.name}")
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("contrastseg_fast::"))
-    return [name for name in sorted(names) if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    return [name for name in sorted(names) if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
 
 
 def _git(*arguments: str) -> str:

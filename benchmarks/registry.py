@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks import gate, pdcr, ratios, step
+from benchmarks import call, gate, pdcr, ratios, step
 from benchmarks.operation import Case, Operation
 
-OPERATIONS: tuple[Operation, ...] = (pdcr.OPERATION, ratios.OPERATION, gate.OPERATION, step.OPERATION)
+OPERATIONS: tuple[Operation, ...] = (
+    pdcr.OPERATION,
+    ratios.OPERATION,
+    gate.OPERATION,
+    call.OPERATION,
+    step.OPERATION,
+)
 
 
 def _pdcr(size: pdcr.Size, *without: str, rounds: int | None = None) -> Case:
     return Case(pdcr.OPERATION, size, rounds=rounds, without=(*pdcr.TILE_PRODUCTS, *without))
 
+
+_IMAGES = {2: (4, 256), 3: (1, 96)}  # batch and extent by spatial axes
 
 PDCR_RANDOM = Case(pdcr.OPERATION, pdcr.Size(4096))
 PDCR_MASK = _pdcr(pdcr.Size(4096, ratios="mask", classes=5), "KeOps", "released")
@@ -21,6 +29,7 @@ PDCR_TWO_CLASS_MASK = _pdcr(pdcr.Size(4096, ratios="mask"), "KeOps", "released")
 PDCR_LARGE = _pdcr(pdcr.Size(65536), "chunked", rounds=1)
 RATIOS = Case(ratios.OPERATION, ratios.Size())
 GATE = Case(gate.OPERATION, gate.Size())
+CALL = Case(call.OPERATION, call.Size(batch=2, dtype="fp32"))
 STEPS = tuple(Case(step.OPERATION, step.Size(samples)) for samples in (256, 1024))
 
 DEFAULT: tuple[Case, ...] = (
@@ -40,6 +49,7 @@ DEFAULT: tuple[Case, ...] = (
     Case(gate.OPERATION, gate.Size(channels_last=True)),
     Case(gate.OPERATION, gate.Size(dtype="bf16")),
     Case(gate.OPERATION, gate.Size(shape=(1, 64, 48, 96, 96), classes=5)),
+    CALL,
     *STEPS,
 )
 QUICK: tuple[Case, ...] = (
@@ -47,14 +57,150 @@ QUICK: tuple[Case, ...] = (
     _pdcr(pdcr.Size(484, channels=64, ratios="mask", classes=5), "KeOps", "torch.compile"),
     Case(ratios.OPERATION, ratios.Size(batch=2, extent=128, count=256)),
     Case(gate.OPERATION, gate.Size(shape=(1, 32, 32, 32))),
+    Case(
+        call.OPERATION, call.Size(samples=64, batch=1, extent=256, dtype="fp32"), without=("torch.compile",)
+    ),
     Case(step.OPERATION, step.Size(samples=64, batch=2, extent=64)),
 )
 LARGE: tuple[Case, ...] = (PDCR_LARGE,)
 
+# Every network at its usual input size, on the CPU with few images.
+NETWORKS: tuple[Case, ...] = tuple(
+    Case(step.OPERATION, step.Size(samples, *_IMAGES[step.NETWORKS[name].spatial_dims], network=name))
+    for name in step.NETWORKS
+    if name != "U-Net"
+    for samples in (256, 1024)
+)
+
+
+def _on_gpu(
+    size: pdcr.Size, *without: str, flex: bool = False, keops: bool = False, compiled: bool = False
+) -> Case:
+    """PDCR on CUDA, beside the peers that are quick to get ready, and those asked for."""
+    wanted = {"FlexAttention, log Z alone": flex, "KeOps": keops, "torch.compile": compiled}
+    left_out = [name for name, want in wanted.items() if not want]
+    return Case(pdcr.OPERATION, size, "cuda", without=("released", *left_out, *without))
+
+
+def _sizes(counts: tuple[int, ...]) -> tuple[Case, ...]:
+    """bf16 vectors and random ratios at every width, the most peers at 256 channels."""
+    return tuple(
+        _on_gpu(
+            pdcr.Size(count, channels, dtype="bf16"),
+            compiled=channels == 256,
+            flex=channels in (64, 256) and count >= 1024,
+        )
+        for count in counts
+        for channels in (32, 64, 256, 728, 2048)
+    )
+
+
+GPU_RANDOM = _on_gpu(pdcr.Size(16384, dtype="bf16"), compiled=True, flex=True)
+GPU_MASK = _on_gpu(pdcr.Size(16384, ratios="mask", classes=5, dtype="bf16"), compiled=True)
+GPU_TWO_CLASS_MASK = _on_gpu(pdcr.Size(16384, ratios="mask", dtype="bf16"))
+GPU_LARGE = _on_gpu(pdcr.Size(131072, dtype="bf16"), compiled=True, flex=True)
+GPU_CALLS = tuple(Case(call.OPERATION, call.Size(samples), "cuda", graph=True) for samples in (1024, 256))
+GPU_RATIOS = Case(ratios.OPERATION, ratios.Size(), "cuda")
+GPU_GATES = tuple(
+    Case(gate.OPERATION, gate.Size(shape, classes, dtype, channels_last), "cuda")
+    for shape, classes, dtype, channels_last in (
+        ((2, 64, 128, 128, 128), 5, "bf16", False),  # 537 MB
+        ((2, 64, 128, 128, 128), 5, "bf16", True),
+        ((2, 64, 128, 128, 128), 5, "fp32", False),  # 1074 MB
+        ((16, 256, 256, 256), 2, "bf16", False),  # 537 MB
+        ((16, 256, 256, 256), 2, "bf16", True),
+    )
+)
+GPU_STEPS = tuple(
+    Case(step.OPERATION, step.Size(samples, 16, 512, dtype="bf16"), "cuda") for samples in (256, 1024)
+)
+
+# What `scripts/gpu_check.py` measures, in parts of a few minutes each.
+PARTS: dict[str, tuple[Case, ...]] = {
+    "pdcr-small": _sizes((128, 256, 512, 1024, 2048)),
+    "pdcr-large": _sizes((4096, 8192, 16384)),
+    "pdcr-huge": (GPU_LARGE, *(case for case in _sizes((131072, 65536, 32768)) if case.id != GPU_LARGE.id)),
+    "pdcr-mask": (
+        GPU_MASK,
+        GPU_TWO_CLASS_MASK,
+        *(
+            _on_gpu(pdcr.Size(count, channels, "mask", classes, "bf16"))
+            for count in (128, 256, 512, 1024, 2048, 4096, 8192, 32768, 65536, 131072)
+            for channels, classes in ((64, 5), (256, 5), (256, 2))
+        ),
+    ),
+    "pdcr-dtypes": tuple(
+        _on_gpu(
+            pdcr.Size(count, channels, dtype=dtype, batch=batch),
+            keops=channels == 64 and dtype == "fp32",
+            compiled=batch > 1,
+        )
+        for dtype in ("fp32", "fp16")
+        for count, channels, batch in (
+            (1024, 64, 8),
+            (1024, 256, 1),
+            (4096, 64, 1),
+            (4096, 256, 1),
+            (16384, 256, 1),
+        )
+    ),
+    "call": (*GPU_CALLS, *(replace(case, graph=False) for case in GPU_CALLS)),
+    "ratios": (
+        GPU_RATIOS,
+        replace(GPU_RATIOS, graph=True, without=("torch.compile",)),
+        Case(ratios.OPERATION, ratios.Size(places="random"), "cuda"),
+        Case(ratios.OPERATION, ratios.Size(batch=8, classes=19), "cuda", without=("torch.compile",)),
+        *(
+            Case(
+                ratios.OPERATION,
+                ratios.Size(batch=1, extent=0, classes=5, places="random", count=count),
+                "cuda",
+            )
+            for count in (256, 1024, 16384)
+        ),
+    ),
+    "gate": (
+        *GPU_GATES,
+        *(
+            Case(gate.OPERATION, gate.Size(shape, classes, dtype), "cuda", without=("torch.compile",))
+            for shape, classes in (
+                ((16, 32, 256, 256), 2),  # U-Net
+                ((16, 256, 32, 32), 2),
+                ((8, 256, 128, 128), 5),  # DeepLabV3+
+                ((8, 2048, 32, 32), 5),
+                ((2, 32, 128, 128, 128), 5),  # nnU-Net
+                ((2, 320, 8, 8, 8), 5),
+            )
+            for dtype in ("bf16", "fp32")
+        ),
+    ),
+    "step": GPU_STEPS,
+    "step-networks": tuple(
+        Case(step.OPERATION, replace(case.size, batch=4 * case.size.batch, dtype="bf16"), "cuda")
+        for case in NETWORKS
+    ),
+}
+
+
+def _every_case() -> tuple[Case, ...]:
+    return (*DEFAULT, *QUICK, *LARGE, *NETWORKS, *(case for part in PARTS.values() for case in part))
+
 
 def find(case_id: str) -> Case:
     """The case of that id."""
-    return next(case for case in (*DEFAULT, *QUICK, *LARGE) if case.id == case_id)
+    return next(case for case in _every_case() if case.id == case_id)
+
+
+def trial(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases of a part at tiny sizes on the CPU, without what must be compiled: to try the commands."""
+    small = {
+        case.id: case
+        for case in (
+            replace(each, size=each.operation.tiny(each.size), device="cpu", graph=False) for each in cases
+        )
+    }
+    compiled = ("torch.compile", "KeOps", *pdcr.TILE_PRODUCTS)
+    return tuple(replace(case, without=(*case.without, *compiled)) for case in small.values())
 
 
 @dataclass(frozen=True)
@@ -62,8 +208,8 @@ class Target:
     """What ours must reach in one case.
 
     `"at most"` bounds our time over that of `against`, of several the fastest, and `"at least"` its inverse;
-    `"memory"` bounds our extra memory over the operation's `memory_unit`; `"added"` tells how much longer
-    than `against` ours takes, without a bound.
+    `"memory"` bounds our extra memory over the operation's `memory_unit`; `"added"` how much longer than
+    `against` ours takes, as a share of it.
     """
 
     what: str
@@ -87,4 +233,22 @@ TARGETS: tuple[Target, ...] = (
     Target("Foreground ratios", RATIOS, ("one-hot + cumsum",), "at least", 80),
     Target("Entropy gate", GATE, ("torch.compile",), "at least", 3),
     *(Target("PDCR at three layers + UAFS", case, ("baseline",), "added") for case in STEPS),
+    Target("PDCR on a GPU, random ratios", GPU_RANDOM, _THREE, "at most", 1.1),
+    Target("PDCR on a GPU, ratios of a mask, 5 classes", GPU_MASK, _THREE, "at most", 0.6),
+    Target("PDCR on a GPU, ratios of a mask, 2 classes", GPU_TWO_CLASS_MASK, _THREE, "at most", 0.6),
+    Target("PDCR on a GPU, extra memory", GPU_RANDOM, ("the sampled vectors in fp32",), "memory", 4),
+    Target("PDCR on a GPU, extra memory", GPU_LARGE, ("the sampled vectors in fp32",), "memory", 4),
+    *(
+        Target("PDCR from features and labels, in a graph", case, ("torch.compile",), "at least", 3)
+        for case in GPU_CALLS
+    ),
+    Target("Foreground ratios on a GPU", GPU_RATIOS, ("one read of the labels",), "at most", 2),
+    *(
+        Target("Entropy gate on a GPU", case, ("copying the bytes that must move",), "at most", 1 / 0.9)
+        for case in GPU_GATES
+    ),
+    *(
+        Target("PDCR at three layers + UAFS on a GPU", case, ("baseline",), "added", 0.05)
+        for case in GPU_STEPS
+    ),
 )

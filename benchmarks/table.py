@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isinf
 from statistics import median
 from typing import Any
 
@@ -24,9 +25,12 @@ def markdown(records: list[Record]) -> str:
 def case_lines(case: CaseRecord) -> list[str]:
     """A case as the terminal shows it while a run goes on."""
     lines = [case["id"]]
+    if "floor" in case:
+        lines.append(f"    floor: {_time(case['floor']['seconds'])}, of {case['floor']['bound']}")
     for name, entry in case["implementations"].items():
         time, over_ours, peak = _cells(entry, name)
-        lines.append(f"    {name:<33} {time:<32} {over_ours:>8} {peak:>10}".rstrip())
+        share = f"{entry['share']:>6.0%} of the floor's rate" if "share" in entry and name == OURS else ""
+        lines.append(f"    {name:<33} {time:<32} {over_ours:>8} {peak:>10}  {share}".rstrip())
     return lines
 
 
@@ -58,8 +62,10 @@ def targets_table(cases: list[CaseRecord]) -> str:
             continue
         value, against = found
         match target.sense:
-            case "added":
+            case "added" if isinf(target.bound):
                 cells = f"{value:+.1%} | |"
+            case "added":
+                cells = f"{value:+.1%} | <= {target.bound:.0%} | {_verdict(value <= target.bound)}"
             case "at least":
                 cells = f"{value:.3g}x faster | >= {target.bound:g}x | {_verdict(value >= target.bound)}"
             case _:
@@ -73,8 +79,10 @@ def _verdict(is_met: bool) -> str:
 
 
 def _case_table(case: CaseRecord) -> str:
+    floor = case.get("floor")
+    least = f": floor {_time(floor['seconds'])}, of {floor['bound']}" if floor else ""
     lines = [
-        f"`{case['id']}`",
+        f"`{case['id']}`{least}",
         "",
         "| implementation | time, median (20 to 80 %) | time / ours | extra memory |",
         "|---|---|---|---|",
@@ -89,19 +97,30 @@ def _cells(entry: Entry, name: str) -> tuple[str, str, str]:
     if "seconds" not in entry:
         return f"{entry['status']}: {entry['reason']}", "", ""
     low, middle, high = (entry["quantiles"][q] for q in ("20", "50", "80"))
-    unit, scale = ("s", 1) if middle >= 1 else ("ms", 1e3) if middle >= 1e-3 else ("us", 1e6)
+    unit, scale = _unit(middle)
     over_ours = f"{entry['over_ours']['medians']:.3g}x" if "over_ours" in entry and name != OURS else ""
     peak = f"{entry['peak_bytes'] / 1e6:.3g} MB" if "peak_bytes" in entry else entry.get("reason", "")
     return f"{middle * scale:.3g} {unit} ({low * scale:.3g} to {high * scale:.3g})", over_ours, peak
 
 
+def _unit(seconds: float) -> tuple[str, float]:
+    return ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+
+
+def _time(seconds: float) -> str:
+    unit, scale = _unit(seconds)
+    return f"{seconds * scale:.3g} {unit}"
+
+
 def _provenance(record: Record) -> str:
     machine = record["machine"]
+    gpu = machine.get("gpu")
+    card = f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}; " if gpu else ""
     dirty = " with local changes" if record["dirty"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
     return (
         f"`{record['command']}`, {record['date'][:10]}, commit {record['commit'][:9]}{dirty}; "
-        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, "
+        f"{card}{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{machine['vector_code']}, {machine['memory_gb']} GB; {versions}. "
         "Medians over interleaved rounds; extra memory is beyond the inputs, the results included."
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from dataclasses import dataclass
 from math import ceil, isfinite
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import device
 from benchmarks.operation import Case, Implementation, Inputs, Result, Run, Unavailable
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SAMPLE_SECONDS = 0.01  # shorter calls are repeated within one sample
 FEWEST_ROUNDS = 3
@@ -34,12 +38,20 @@ class Settings:
 
 
 def measure_times(
-    case: Case, implementations: list[Implementation], settings: Settings, benchmark: BenchmarkFixture
+    case: Case,
+    implementations: list[Implementation],
+    settings: Settings,
+    benchmark: BenchmarkFixture | None = None,
 ) -> dict[str, Entry]:
-    """What is known of each implementation, by name: its status with a reason or an error, and its times."""
+    """Status, reason, error, calls per sample and seconds of a call, for each of the implementations.
+
+    Without pytest-benchmark's fixture the clock is read here; on CUDA, events are recorded.
+    """
     torch.compiler.reset()
+    on_cuda = case.device == "cuda"
     checker = _Checker(case)
     inputs = case.operation.make_inputs(case.size, case.device)
+    input_sets = device.input_sets(inputs) if on_cuda and case.operation.rotates else [inputs]
     entries: dict[str, Entry] = {}
     runs: dict[str, Run] = {}
     calls: dict[str, int] = {}
@@ -47,66 +59,124 @@ def measure_times(
     for implementation in implementations:
         name = implementation.name
         entries[name] = entry = _admit(case, implementation, settings)
-        run = _start(implementation, inputs, checker, entry) if entry["status"] == "measured" else None
+        run = _start(implementation, input_sets, checker, entry) if entry["status"] == "measured" else None
         if run is not None:
             runs[name], calls[name] = run, 1
             if case.rounds is None:
-                seconds = _seconds(run)
-                calls[name] = max(1, ceil(SAMPLE_SECONDS / seconds))
+                if on_cuda:
+                    first = device.timed(run, 1)
+                    seconds, entry["host_seconds"] = first.on_device, [first.on_host]
+                    calls[name] = min(device.MOST_CALLS, ceil(device.SAMPLE_SECONDS / seconds))
+                else:
+                    seconds = _seconds(run)
+                    calls[name] = max(1, ceil(SAMPLE_SECONDS / seconds))
                 round_seconds += calls[name] * seconds
     if runs:
         affordable = int(settings.seconds / max(round_seconds, 1e-9))
         rounds = case.rounds or min(settings.rounds, max(FEWEST_ROUNDS, affordable))
-        for name, samples in _interleave(runs, calls, rounds, benchmark).items():
-            entries[name].update(calls=calls[name], seconds=samples)
+        order = _order(list(runs), rounds)
+        if on_cuda:
+            _sample_device(order, runs, calls, entries)
+        else:
+            _sample(order, runs, calls, entries, benchmark)
+    runs.clear()
+    gc.collect()
     return entries
 
 
-def _interleave(
-    runs: dict[str, Run], calls: dict[str, int], rounds: int, benchmark: BenchmarkFixture
-) -> dict[str, list[float]]:
-    """Seconds of a call, one sample for each implementation in every round, in an order of its own."""
+def _order(names: list[str], rounds: int) -> list[str]:
+    """Every implementation once in each round, in an order of its own."""
     shuffler = random.Random(0)
-    order = [name for _ in range(rounds) for name in shuffler.sample(sorted(runs), len(runs))]
-    upcoming = iter(order)
+    return [name for _ in range(rounds) for name in shuffler.sample(sorted(names), len(names))]
 
+
+def _sample(
+    order: list[str],
+    runs: dict[str, Run],
+    calls: dict[str, int],
+    entries: dict[str, Entry],
+    benchmark: BenchmarkFixture | None,
+) -> None:
     def sample(name: str) -> None:
         run = runs[name]
         for _ in range(calls[name]):
             run()
 
-    benchmark.pedantic(sample, setup=lambda: ((next(upcoming),), {}), rounds=len(order))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name, duration in zip(order, benchmark.stats.stats.data, strict=True):
-        seconds[name].append(duration / calls[name])
-    return seconds
+    durations: list[float] = []
+    if benchmark is None:
+        for name in order:
+            begin = time.perf_counter()
+            sample(name)
+            durations.append(time.perf_counter() - begin)
+    else:
+        upcoming = iter(order)
+        benchmark.pedantic(sample, setup=lambda: ((next(upcoming),), {}), rounds=len(order))
+        durations = list(benchmark.stats.stats.data)
+    for name in runs:
+        entries[name].update(calls=calls[name], seconds=[])
+    for name, duration in zip(order, durations, strict=True):
+        entries[name]["seconds"].append(duration / calls[name])
+
+
+def _sample_device(
+    order: list[str], runs: dict[str, Run], calls: dict[str, int], entries: dict[str, Entry]
+) -> None:
+    for name in runs:
+        entries[name].update(calls=calls[name], seconds=[])
+        entries[name].setdefault("host_seconds", [])
+    for name in order:
+        least = min(entries[name]["host_seconds"], default=1.0)
+        sample = device.timed(runs[name], calls[name], least)
+        entries[name]["seconds"].append(sample.on_device)
+        entries[name]["host_seconds"].append(sample.on_host)
 
 
 def _admit(case: Case, implementation: Implementation, settings: Settings) -> Entry:
     needed = implementation.bytes_needed(case.size)
-    reason = implementation.refuse(case.size)
+    reason = implementation.refuse(case.size, case.device)
     if reason is None and needed > settings.memory_limit:
         reason = f"needs about {needed / 1e9:.1f} GB; the limit is {settings.memory_limit / 1e9:.1f} GB"
     return {"status": "measured"} if reason is None else {"status": "skipped", "reason": reason}
 
 
-def _start(implementation: Implementation, inputs: Inputs, checker: _Checker, entry: Entry) -> Run | None:
+def _start(
+    implementation: Implementation, input_sets: list[Inputs], checker: _Checker, entry: Entry
+) -> Run | None:
     """What is timed, checked and warmed up; where there is nothing to time, `entry` gets the reason."""
+    case = checker.case
     try:
         if not implementation.yardstick:
             entry["error"] = checker.error(implementation)
             if entry["error"] > checker.tolerance:
                 raise Mismatch(f"off by {entry['error']:.1g} from the float64 reference")
-        run = implementation.prepare(checker.case.size, inputs)
-        checker.warm_up(implementation, run)
-        return run
+        runs = [implementation.prepare(case.size, inputs) for inputs in input_sets]
+        checker.warm_up(implementation, runs[0])
+        if case.device != "cuda":
+            return runs[0]
+        entry["input_sets"] = len(runs)
+        return device.taking_turns(_captured(runs, entry) if case.graph else runs)
     except Unavailable as unavailable:
         entry.update(status="skipped", reason=str(unavailable))
     except Mismatch as mismatch:
         entry.update(status="wrong", reason=str(mismatch))
     except Exception as failure:  # a peer that cannot run here must not end the others' measurement
-        entry.update(status="failed", reason=f"{type(failure).__name__}: {failure}".splitlines()[0])
+        message = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        if case.device == "cuda":
+            device.check_still_works()
+        entry.update(status="failed", reason=message)
     return None
+
+
+def _captured(runs: list[Run], entry: Entry) -> list[Run]:
+    """Replays of the runs' graphs; the runs themselves, and why, where one cannot be captured."""
+    try:
+        replays = [device.captured(run) for run in runs]
+    except Exception as failure:  # such as one that waits for the device
+        device.check_still_works()
+        entry["graph"] = f"not captured: {type(failure).__name__}: {failure}".splitlines()[0]
+        return runs
+    entry["graph"] = "captured"
+    return replays
 
 
 class _Checker:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,16 +21,22 @@ ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("monai")
 
-from benchmarks import plot, record, registry, table, timing  # noqa: E402
+from benchmarks import call, ceilings, gate, pdcr, plot, record, registry, step, table, timing  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.operation import OURS, Case, Implementation, Operation, Unavailable  # noqa: E402
+from benchmarks.session import Session  # noqa: E402
+from contrastseg_fast import reference  # noqa: E402
 
-ALL_CASES = (*registry.DEFAULT, *registry.QUICK, *registry.LARGE)
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+
+CPU_CASES = (*registry.DEFAULT, *registry.QUICK, *registry.LARGE, *registry.NETWORKS)
+GPU_CASES = tuple(case for part in registry.PARTS.values() for case in part)
+ALL_CASES = (*CPU_CASES, *GPU_CASES)
 CHECKED_IMPLEMENTATIONS = [
     pytest.param(operation, implementation, id=f"{operation.name}-{implementation.name}")
     for operation in registry.OPERATIONS
     for implementation in operation.implementations
-    if not implementation.yardstick
+    if not implementation.yardstick and "cpu" in implementation.devices
 ]
 
 
@@ -49,13 +55,14 @@ class TestRegistry:
             names = [each.name for each in case.operation.implementations]
             assert len(set(names)) == len(names)
             assert set(case.without) <= set(names)
+            assert (case.device == "cuda") == (case in GPU_CASES)
             assert case.implementations[0].name == OURS
 
     def test_results_are_checked_at_a_size_the_reference_holds(self) -> None:
         for case in ALL_CASES:
             operation = case.operation
             reference = operation.implementation("reference")
-            assert reference.bytes_needed(operation.checked(case.size)) < 4e9
+            assert reference.bytes_needed(operation.checked(case.size)) < (4e9 if case in CPU_CASES else 2e10)
             assert reference.bytes_needed(operation.tiny(case.size)) < 2e8
 
     def test_targets_name_measured_implementations(self) -> None:
@@ -76,7 +83,8 @@ class TestImplementations:
     def test_agrees_with_the_float64_reference(
         self, operation: Operation, implementation: Implementation
     ) -> None:
-        if implementation.name == "KeOps" and not os.environ.get("CONTRASTSEG_FAST_SLOW_TESTS"):
+        slow = implementation.name == "KeOps" or (operation is call.OPERATION and implementation.compiles)
+        if slow and not os.environ.get("CONTRASTSEG_FAST_SLOW_TESTS"):
             pytest.skip("compiles for half a minute; set CONTRASTSEG_FAST_SLOW_TESTS=1")
         size = operation.tiny(first_size(operation))
         inputs = operation.make_inputs(size, "cpu")
@@ -109,12 +117,102 @@ class TestImplementations:
         results = operation.implementation(name).prepare(size, inputs)()
         assert timing.normwise_error(results, operation.oracle(size, inputs)) <= operation.tolerance(size)
 
+    def test_flex_attention_computes_log_z(self) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        operation = registry.PDCR_RANDOM.operation
+        vectors, ratios = operation.make_inputs(pdcr.Size(49, 16, classes=3, batch=2), "cpu")
+        s = reference.cosine_similarity(vectors.double())
+        _, d = reference.affinity_matrices(ratios.double())
+        expected = (s * d / pdcr.TEMPERATURE).logsumexp(-1)
+        actual = pdcr.flex_log_z(flex_attention, vectors, ratios)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("network", ["BasicUNet", "DynUNet 3D"])
+    def test_steps_of_other_networks_agree_with_the_reference(self, network: str) -> None:
+        operation = step.OPERATION
+        size = operation.tiny(step.Size(network=network))
+        inputs = operation.make_inputs(size, "cpu")
+        expected = operation.oracle(size, inputs)
+        for name in (OURS, "reference, cumsum ratios"):
+            results = operation.implementation(name).prepare(size, inputs)()
+            assert timing.normwise_error(results, expected) <= operation.tolerance(size)
+        without = operation.implementation("baseline").prepare(size, inputs)()
+        assert timing.normwise_error(without, expected) > operation.tolerance(size)
+
     def test_yardsticks_compute_the_products_they_are_named_after(self) -> None:
         operation = registry.PDCR_RANDOM.operation
         size = operation.tiny(first_size(operation))
         for implementation in operation.implementations:
-            if implementation.yardstick:
+            if implementation.yardstick and "cpu" in implementation.devices:
                 assert implementation.prepare(size, operation.make_inputs(size, "cpu"))() == ()
+
+
+class TestRoofline:
+    CEILINGS: ClassVar[dict[str, Any]] = {
+        "copy_bytes_per_second": 1e12,
+        "flops_per_second": {"bf16": 8e14, "fp32": 5e13},
+        "exponentials_per_second": 4e12,
+    }
+
+    def test_pairs_of_equal_ratios_need_no_work(self) -> None:
+        size = pdcr.Size(100, 32)
+        vectors, _ = pdcr.OPERATION.make_inputs(size, "cpu")
+        ratios = torch.zeros(1, 100, 2)
+        ratios[:, :30, 0] = 1
+        work = pdcr.OPERATION.work(size, (vectors, ratios))
+        assert work.exponentials == pytest.approx(2 * 30 * 70)
+        assert work.flops == pytest.approx(4 * 2 * 30 * 70 * 32)
+        assert work.bytes == 3 * 100 * 32 * 4 + 2 * 100 * 2 * 4 + 800
+
+    @pytest.mark.parametrize(("count", "bound"), [(128, "bytes"), (4096, "flops")])
+    def test_the_slowest_part_bounds(self, count: int, bound: str) -> None:
+        size = pdcr.Size(count, dtype="bf16")
+        work = pdcr.OPERATION.work(size, pdcr.OPERATION.make_inputs(size, "cpu"))
+        found = ceilings.floor(work, self.CEILINGS)
+        assert found["bound"] == bound
+        parts = {"bytes": work.bytes / 1e12, "flops": work.flops / 8e14}
+        assert found["seconds"] == pytest.approx(parts[bound])
+
+    def test_the_gate_moves_features_five_times(self) -> None:
+        size = gate.Size((1, 8, 4, 4), 2)
+        work = gate.OPERATION.work(size, gate.OPERATION.make_inputs(size, "cpu"))
+        assert work.bytes == (5 * 8 + 3 * 2) * 16 * 4
+        assert ceilings.floor(work, self.CEILINGS)["bound"] == "bytes"
+
+    def test_ceilings_are_measured_and_shown(self) -> None:
+        found = ceilings.measure("cpu")
+        assert found["copy_bytes_per_second"] > 0
+        assert all(rate > 0 for rate in found["flops_per_second"].values())
+        assert len(ceilings.lines(found)) == 3
+
+
+class TestParts:
+    @pytest.mark.parametrize("part", ["ratios", "call"])
+    def test_a_trial_measures_every_case_tiny(self, part: str, tmp_path: Path) -> None:
+        out = tmp_path / "trial.json"
+        cases = registry.trial(registry.PARTS[part])
+        session = Session(cases, "", timing.Settings(rounds=1, seconds=0.01), out)
+        assert session.run_bare() == 0
+        made = record.load(out)
+        assert [case["id"] for case in made["cases"]] == [case.id for case in cases]
+        for case in made["cases"]:
+            ours = case["implementations"][OURS]
+            assert ours["status"] == "measured"
+            assert ("floor" in case) == ("share" in ours) == (part == "ratios")
+
+    def test_cases_that_the_budget_does_not_reach_are_said(self, tmp_path: Path) -> None:
+        out = tmp_path / "trial.json"
+        session = Session(registry.trial(registry.PARTS["gate"]), "ours", timing.Settings(), out)
+        assert session.run_bare(budget=0) == 0
+        for case in record.load(out)["cases"]:
+            assert case["implementations"][OURS]["reason"] == "after the 0 s given to this part"
+
+    def test_every_part_has_a_trial(self) -> None:
+        for cases in registry.PARTS.values():
+            small = registry.trial(cases)
+            assert {case.operation.name for case in small} == {case.operation.name for case in cases}
+            assert {case.device for case in small} == {"cpu"}
 
 
 @dataclass(frozen=True)
@@ -199,7 +297,7 @@ class TestTiming:
             Implementation("unavailable", unavailable),
             Implementation("broken", broken),
             Implementation("too big", times(2), bytes_needed=lambda _size: 9e9),
-            Implementation("refused", times(2), refuse=lambda _size: "takes for ever"),
+            Implementation("refused", times(2), refuse=lambda _size, _device: "takes for ever"),
             Implementation("yardstick", times(7), yardstick=True),
         )
         entries = measure(case, rounds=1)
@@ -343,6 +441,9 @@ class TestCommand:
             (["--only", "nothing like it"], "matches nothing"),
             (["--rounds", "0"], "at least 1"),
             (["--quick", "--large"], "not allowed with"),
+            (["--trial"], "go with --part"),
+            (["--budget", "3", "--quick"], "go with --part"),
+            pytest.param(["--part", "gate"], "needs a CUDA device", marks=needs_no_cuda),
         ],
     )
     def test_bad_arguments_are_refused(

@@ -1,0 +1,130 @@
+"""A whole call of `PDCRLoss`: from the features of three layers and the labels to the features' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.masks import chest_slices
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run
+from benchmarks.ratios import ratios_by_cumsum
+from contrastseg_fast import PDCRLoss, ReceptiveField, reference
+from contrastseg_fast.functional import sample_grid
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Channels, stride and receptive field of the second, third and fourth stage of a U-Net's encoder.
+LAYERS = ((64, 4, 11), (128, 8, 35), (256, 16, 91))
+
+Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A batch of square label maps, and vectors sampled from each of the three layers."""
+
+    samples: int = 1024
+    batch: int = 8
+    extent: int = 512
+    classes: int = 4
+    dtype: str = "bf16"
+
+    def __str__(self) -> str:
+        image = f"{self.batch}x{self.extent}x{self.extent}"
+        return f"three layers,{image},M={self.classes},N={self.samples},{self.dtype}"
+
+
+def _fields() -> list[ReceptiveField]:
+    return [ReceptiveField((field,) * 2, (stride,) * 2, (-(field // 2),) * 2) for _, stride, field in LAYERS]
+
+
+def _inputs(size: Size, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    labels = chest_slices(size.batch, size.extent, size.classes)
+    features = []
+    for channels, stride, _ in LAYERS:
+        extent = size.extent // stride
+        drawn = torch.randn(size.batch, channels, extent, extent, generator=generator)
+        features.append(drawn.to(device, DTYPES[size.dtype]))
+    return labels.to(device), *features
+
+
+def _with_gradients(make_loss: Callable[[Size, torch.device], Loss]) -> Callable[[Size, Inputs], Run]:
+    def prepare(size: Size, inputs: Inputs) -> Run:
+        labels, *features = inputs
+        loss = make_loss(size, labels.device)
+
+        def run() -> Result:
+            leaves = [each.detach().requires_grad_() for each in features]
+            value = loss(leaves, labels)
+            return value.detach(), *torch.autograd.grad(value, leaves)
+
+        return run
+
+    return prepare
+
+
+def _ours(size: Size, _device: torch.device) -> Loss:
+    return PDCRLoss(_fields(), size.classes, num_samples=size.samples)
+
+
+def _reference(size: Size, _device: torch.device) -> Loss:
+    return reference.PDCRLoss(_fields(), size.classes, num_samples=size.samples)
+
+
+def loss_by_cumsum(
+    vectors: Tensor, field: ReceptiveField, indices: Tensor, labels: Tensor, num_classes: int, **options: Any
+) -> Tensor:
+    """The reference's loss of one layer, with ratios from cumulative sums in place of its loop over boxes."""
+    box = [int(extent) for extent in field.size]
+    ratios = ratios_by_cumsum(labels, field.starts(indices), box, num_classes)
+    return reference.pdcr_loss(vectors, ratios, **options)
+
+
+def _with_cumsum(size: Size, device: torch.device) -> Loss:
+    fields = _fields()
+    indices = [
+        sample_grid((size.extent // stride,) * 2, size.samples, device=device) for _, stride, _ in LAYERS
+    ]
+
+    def loss(features: Sequence[Tensor], labels: Tensor) -> Tensor:
+        losses = []
+        for feature_map, field, places in zip(features, fields, indices, strict=True):
+            vectors = feature_map[:, :, places[:, 0], places[:, 1]].mT
+            losses.append(loss_by_cumsum(vectors, field, places, labels, size.classes))
+        return torch.stack(losses).mean()
+
+    return loss
+
+
+def _compiled(size: Size, device: torch.device) -> Loss:
+    return torch.compile(_with_cumsum(size, device), dynamic=False, fullgraph=True)
+
+
+def _oracle(size: Size, inputs: Inputs) -> Result:
+    labels, *features = inputs
+    return _with_gradients(_reference)(size, (labels, *(each.double() for each in features)))()
+
+
+def _loops_too_long(size: Size, _device: str) -> str | None:
+    boxes = size.batch * size.samples * len(LAYERS)
+    return f"crops {boxes} boxes one by one" if boxes > 2048 else None
+
+
+OPERATION = Operation(
+    name="pdcr_call",
+    make_inputs=_inputs,
+    oracle=_oracle,
+    checked=lambda size: replace(size, batch=min(size.batch, 2), samples=min(size.samples, 256)),
+    tiny=lambda size: replace(size, batch=1, samples=16, extent=128),
+    tolerance=lambda size: 1e-5 if size.dtype == "fp32" else 1e-2,
+    implementations=(
+        Implementation(OURS, _with_gradients(_ours)),
+        Implementation("reference", _with_gradients(_reference), refuse=_loops_too_long),
+        Implementation("reference, cumsum ratios", _with_gradients(_with_cumsum)),
+        Implementation("torch.compile", _with_gradients(_compiled), compiles=True),
+    ),
+)

@@ -1,0 +1,80 @@
+"""Timing on CUDA: events behind a head start, inputs that no cache holds, and captured graphs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.operation import Inputs, Result, Run
+
+SAMPLE_SECONDS = 0.002  # shorter calls are repeated within one sample
+MOST_CALLS = 40  # in a sample: more launches than fit into the driver's queue would be timed one by one
+_MOST_SETS = 16
+_CLOCK = 2e9  # cycles a second at most, of the head start's sleep
+_LONGEST_HEAD_START = 0.05
+
+
+class Timed(NamedTuple):
+    """Seconds of one call."""
+
+    on_device: float  # between the device's events, work queued ahead
+    on_host: float  # until the call returned
+
+
+def input_sets(inputs: Inputs) -> list[Inputs]:
+    """The inputs and copies of them, together twice what the L2 cache holds."""
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    held = sum(each.nbytes for each in inputs)
+    count = min(_MOST_SETS, max(1, ceil(2 * cache / max(held, 1))))
+    return [inputs, *(tuple(each.clone() for each in inputs) for _ in range(count - 1))]
+
+
+def taking_turns(runs: list[Run]) -> Run:
+    """Each call runs the next of them."""
+    upcoming = itertools.cycle(runs)
+    return lambda: next(upcoming)()
+
+
+def captured(run: Run) -> Run:
+    """Replays of a call's graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> Result:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def timed(run: Run, calls: int, host_seconds: float = _LONGEST_HEAD_START) -> Timed:
+    """Time `calls` calls behind a sleep on the device that outlasts queueing them, `host_seconds` each."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    head_start = min(1.5 * calls * host_seconds + 1e-4, _LONGEST_HEAD_START)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(head_start * _CLOCK))
+    begin.record()
+    since = time.perf_counter()
+    for _ in range(calls):
+        run()
+    on_host = time.perf_counter() - since
+    end.record()
+    end.synchronize()
+    return Timed(begin.elapsed_time(end) / 1e3 / calls, on_host / calls)
+
+
+def check_still_works() -> None:
+    """Raise what an earlier kernel did to the device: nothing measured after a fault is worth anything."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
