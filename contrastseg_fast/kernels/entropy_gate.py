@@ -1,8 +1,9 @@
 """The entropy gate (Eqs. 8 to 10) in Triton, for cards without the compiled CUDA kernels.
 
-Tensors are `(B, channels, locations)`: features, their gradients and the gated features have adjoining channels
-(`channels_last`) or adjoining locations; logits may have any strides. A program owns some locations of one image:
-their uncertainty first, then their channels, a block at a time. The formulas are those of csrc/entropy_gate_math.h.
+Tensors are `(B, channels, locations)`: features, their gradients and the gated features have adjoining
+channels (`channels_last`) or adjoining locations; logits may have any strides. A program owns some locations
+of one image: their uncertainty first, then their channels, a block at a time. The formulas are those of
+csrc/entropy_gate_math.h.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-LAUNCHES = {False: Launch(16, 128, 4), True: Launch(64, 32, 4)}  # by channels_last
+LAUNCHES = {  # by channels_last, and the bytes of a feature
+    False: {2: Launch(16, 128, 4), 4: Launch(16, 128, 4), 8: Launch(8, 128, 4)},
+    True: {2: Launch(64, 16, 4), 4: Launch(64, 16, 4), 8: Launch(32, 16, 4)},
+}
 _VECTOR_BYTES = 16
 _SIZES = ("C", "M", "L", "tiles")
 _STRIDES = ("x_b", "x_run", "z_b", "z_m", "z_l", "y_b", "y_run")
@@ -34,7 +38,7 @@ _GRAD_STRIDES = ("g_b", "g_run", "dz_b", "dz_m", "dz_l")
 @triton.jit
 def _softmax(p_z, z_m, M, mask, S: tl.constexpr):
     """Of every location: the largest logit, 1 / sum, mean of t = z - largest, and the uncertainty."""
-    lowest: tl.constexpr = -708.0 if S == tl.float64 else -87.0
+    lowest: tl.constexpr = -708.0 if tl.float64 == S else -87.0
     v_largest = tl.load(p_z, mask=mask, other=0.0).to(S)  # [BLOCK_L]
     for m in range(1, M):
         v_z = tl.load(p_z + m * z_m, mask=mask, other=0.0).to(S)
@@ -43,7 +47,7 @@ def _softmax(p_z, z_m, M, mask, S: tl.constexpr):
     v_ones = tl.zeros_like(v_largest)
     v_rest = tl.zeros_like(v_largest)
     v_weighted = tl.zeros_like(v_largest)
-    for m in range(0, M):
+    for m in range(M):
         v_t = tl.load(p_z + m * z_m, mask=mask, other=0.0).to(S) - v_largest
         v_t = tl.where(v_t < lowest, lowest, v_t)
         v_e = tl.where(v_t <= lowest, 0.0, tl.exp(v_t))
@@ -67,11 +71,21 @@ def _place(L, tiles, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def _offsets(v_c, v_l, run, CHANNELS_LAST: tl.constexpr):
-    """From the first element of an image, [BLOCK_C, BLOCK_L]."""
+def _offsets(image, v_c, v_l, stride, run, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Of features, [BLOCK_C, BLOCK_L]; every VECTOR of them that adjoin begin at a multiple of VECTOR."""
     if CHANNELS_LAST:
-        return v_c[:, None] + v_l[None, :] * run
-    return v_c[:, None].to(tl.int64) * run + v_l[None, :]
+        offsets = image * stride + v_l[None, :] * run + v_c[:, None]
+        return tl.multiple_of(offsets, (VECTOR, 1))
+    offsets = image * stride + v_c[:, None].to(tl.int64) * run + v_l[None, :]
+    return tl.multiple_of(offsets, (1, VECTOR))
+
+
+@triton.jit
+def _mask(v_c, v_l, C, L, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Which features there are, [BLOCK_C, BLOCK_L]; the quotients tell that it is all of a vector or none."""
+    if CHANNELS_LAST:
+        return (v_c // VECTOR < C // VECTOR)[:, None] & (v_l < L)[None, :]
+    return (v_c < C)[:, None] & (v_l // VECTOR < L // VECTOR)[None, :]
 
 
 @triton.jit(do_not_specialize=(*_SIZES, *_STRIDES))
@@ -97,23 +111,17 @@ def entropy_gate_fwd_kernel(
     BLOCK_L: tl.constexpr,
 ):
     S: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    x_b = tl.multiple_of(x_b, VECTOR)
-    x_run = tl.multiple_of(x_run, VECTOR)
-    y_b = tl.multiple_of(y_b, VECTOR)
-    y_run = tl.multiple_of(y_run, VECTOR)
-    if CHANNELS_LAST:
-        C = tl.multiple_of(C, VECTOR)
-    else:
-        L = tl.multiple_of(L, VECTOR)
     image, v_l, mask_l = _place(L, tiles, BLOCK_L)
     _, _, _, v_u = _softmax(p_z + image * z_b + v_l * z_l, z_m, M, mask_l, S)
     tl.store(p_u + image * L + v_l, v_u, mask=mask_l)
     v_gate = 2.0 - v_u
     for c in range(0, C, BLOCK_C):
         v_c = c + tl.arange(0, BLOCK_C)
-        mask = (v_c < C)[:, None] & mask_l[None, :]
-        v_x = tl.load(p_x + image * x_b + _offsets(v_c, v_l, x_run, CHANNELS_LAST), mask=mask, other=0.0)
-        p_out = p_y + image * y_b + _offsets(v_c, v_l, y_run, CHANNELS_LAST)
+        mask = _mask(v_c, v_l, C, L, CHANNELS_LAST, VECTOR)
+        v_x = tl.load(
+            p_x + _offsets(image, v_c, v_l, x_b, x_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+        )
+        p_out = p_y + _offsets(image, v_c, v_l, y_b, y_run, CHANNELS_LAST, VECTOR)
         tl.store(p_out, narrow(v_x.to(S) * v_gate[None, :], p_y.dtype.element_ty), mask=mask)
 
 
@@ -149,17 +157,7 @@ def entropy_gate_bwd_kernel(
     BLOCK_L: tl.constexpr,
 ):
     S: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    lowest: tl.constexpr = -708.0 if S == tl.float64 else -87.0
-    g_b = tl.multiple_of(g_b, VECTOR)
-    g_run = tl.multiple_of(g_run, VECTOR)
-    x_b = tl.multiple_of(x_b, VECTOR)
-    x_run = tl.multiple_of(x_run, VECTOR)
-    y_b = tl.multiple_of(y_b, VECTOR)
-    y_run = tl.multiple_of(y_run, VECTOR)
-    if CHANNELS_LAST:
-        C = tl.multiple_of(C, VECTOR)
-    else:
-        L = tl.multiple_of(L, VECTOR)
+    lowest: tl.constexpr = -708.0 if tl.float64 == S else -87.0
     image, v_l, mask_l = _place(L, tiles, BLOCK_L)
     p_logits = p_z + image * z_b + v_l * z_l
     v_largest, v_inverse, v_mean, v_u = _softmax(p_logits, z_m, M, mask_l, S)
@@ -169,18 +167,22 @@ def entropy_gate_bwd_kernel(
         v_sums = tl.zeros((BLOCK_C, BLOCK_L), S)
         for c in range(0, C, BLOCK_C):
             v_c = c + tl.arange(0, BLOCK_C)
-            mask = (v_c < C)[:, None] & mask_l[None, :]
-            v_g = tl.load(p_g + image * g_b + _offsets(v_c, v_l, g_run, CHANNELS_LAST), mask=mask, other=0.0)
-            v_x = tl.load(p_x + image * x_b + _offsets(v_c, v_l, x_run, CHANNELS_LAST), mask=mask, other=0.0)
+            mask = _mask(v_c, v_l, C, L, CHANNELS_LAST, VECTOR)
+            v_g = tl.load(
+                p_g + _offsets(image, v_c, v_l, g_b, g_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+            )
+            v_x = tl.load(
+                p_x + _offsets(image, v_c, v_l, x_b, x_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+            )
             v_g = v_g.to(S)
             v_sums += v_g * v_x.to(S)
-            p_out = p_y + image * y_b + _offsets(v_c, v_l, y_run, CHANNELS_LAST)
+            p_out = p_y + _offsets(image, v_c, v_l, y_b, y_run, CHANNELS_LAST, VECTOR)
             tl.store(p_out, narrow(v_g * v_gate[None, :], p_y.dtype.element_ty), mask=mask)
         v_grad = -tl.sum(v_sums, axis=0)
     if HAS_GRAD_U:
         v_grad += tl.load(p_du + image * L + v_l, mask=mask_l, other=0.0)
     v_scale = v_grad * v_inverse / tl.log(M.to(S))
-    for m in range(0, M):
+    for m in range(M):
         v_t = tl.load(p_logits + m * z_m, mask=mask_l, other=0.0).to(S) - v_largest
         v_t = tl.where(v_t < lowest, lowest, v_t)
         v_e = tl.where(v_t <= lowest, 0.0, tl.exp(v_t))
@@ -213,11 +215,10 @@ def _grid(x: Tensor, block_l: int) -> tuple[tuple[int], dict[str, int]]:
     return (x.shape[0] * tiles,), {"C": x.shape[1], "L": x.shape[2], "tiles": tiles}
 
 
-def _options(channels_last: bool, vector: int) -> dict[str, Any]:
-    launch = LAUNCHES[channels_last]
+def _options(channels_last: bool, launch: Launch, *features: Tensor) -> dict[str, Any]:
     return {
         "CHANNELS_LAST": channels_last,
-        "VECTOR": vector,
+        "VECTOR": _vector(channels_last, *features),
         "BLOCK_C": launch.block_c,
         "BLOCK_L": launch.block_l,
         "num_warps": launch.num_warps,
@@ -226,7 +227,8 @@ def _options(channels_last: bool, vector: int) -> dict[str, Any]:
 
 def forward(x: Tensor, z: Tensor, channels_last: bool, gated: Tensor, uncertainty: Tensor) -> None:
     """Fill `gated` and `uncertainty` from features `x` and logits `z`."""
-    grid, sizes = _grid(x, LAUNCHES[channels_last].block_l)
+    launch = LAUNCHES[channels_last][x.element_size()]
+    grid, sizes = _grid(x, launch.block_l)
     with on(x):
         entropy_gate_fwd_kernel[grid](
             x,
@@ -242,7 +244,7 @@ def forward(x: Tensor, z: Tensor, channels_last: bool, gated: Tensor, uncertaint
             z_l=z.stride(2),
             y_b=gated.stride(0),
             y_run=_run_stride(gated, channels_last),
-            **_options(channels_last, _vector(channels_last, x, gated)),
+            **_options(channels_last, launch, x, gated),
         )
 
 
@@ -256,7 +258,8 @@ def backward(
     grad_z: Tensor,
 ) -> None:
     """Fill `grad_x`, unless there is no `grad_gated`, and `grad_z`."""
-    grid, sizes = _grid(x, LAUNCHES[channels_last].block_l)
+    launch = LAUNCHES[channels_last][x.element_size()]
+    grid, sizes = _grid(x, launch.block_l)
     g = x if grad_gated is None else grad_gated  # not read where it is absent
     with on(x):
         entropy_gate_bwd_kernel[grid](
@@ -282,5 +285,5 @@ def backward(
             dz_l=grad_z.stride(2),
             HAS_GRAD=grad_gated is not None,
             HAS_GRAD_U=grad_uncertainty is not None,
-            **_options(channels_last, _vector(channels_last, g, x, grad_x)),
+            **_options(channels_last, launch, g, x, grad_x),
         )
