@@ -530,6 +530,14 @@ class TestStudies:
         record = (tmp_path / "out" / "results.json").read_text()
         assert str(tmp_path) not in record
 
+    def test_the_recorded_command_tells_no_folder(self) -> None:
+        words = ["sites", "ph2", "--data", "/home/me", "--out=/home/me", "--set", "data.folder=/home/me"]
+        words += ["--set=data.options.isic2016=/home/me", "--paper-values", "/home/me", "--set", "seed=1"]
+        assert command.command_line(words) == (
+            "contrastseg-fast sites ph2 --data DATA --out=... --set data.folder=... "
+            "--set=data.options.isic2016=... --paper-values PAPER-VALUES --set seed=1"
+        )
+
     def test_studies_are_not_for_torchrun(
         self, settings_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

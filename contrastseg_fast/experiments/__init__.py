@@ -1,1 +1,4 @@
-"""The paper's experiments on real images; needs the `demo` extra. The package itself never imports this."""
+"""The paper's experiments on real images; the package itself never imports this.
+
+The demo needs the extra `demo`, all else the extra `experiments`.
+"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from contrastseg_fast.experiments.runs import processes, run
 from contrastseg_fast.experiments.tables import study_tables
 
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
+PATHS = ("--data", "--out", "--paper-values")
+PATH_KEYS = r"data\.(?:folder|options\.isic2016)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,13 +132,12 @@ def conduct(args: argparse.Namespace, config: Config) -> None:
 def command_line(given: Sequence[str]) -> str:
     """The command as it can be given again, with names of folders left out."""
     words = ["contrastseg-fast", *given]
-    for option in ("--data", "--out", "--paper-values"):
-        words = [
-            option.removeprefix("--").upper() if k and words[k - 1] == option else word
-            for k, word in enumerate(words)
-        ]
-        words = [f"{option}=..." if word.startswith(f"{option}=") else word for word in words]
-    words = ["data.folder=..." if word.startswith("data.folder=") else word for word in words]
+    for position, word in enumerate(words):
+        before = given[position - 2] if position > 1 else ""
+        if before in PATHS:
+            words[position] = before.removeprefix("--").upper()
+        else:
+            words[position] = re.sub(rf"^({'|'.join(PATHS)}|.*{PATH_KEYS})=.*", r"\1=...", word)
     return shlex.join(words)
 
 

@@ -16,7 +16,7 @@ from contrastseg_fast.experiments.config import Data
 from contrastseg_fast.experiments.data import augmentation
 from contrastseg_fast.experiments.datasets import Case, DataError, Dataset
 
-CACHED_PIXELS = 1 << 28  # of prepared images that are kept in memory, in all
+CACHED_PIXELS = 1 << 27  # of prepared images and labels that each part of the data keeps in memory
 KEYS = ("image", "labels")
 
 

@@ -78,7 +78,7 @@ def study_tables(record: dict[str, Any]) -> list[Table]:
                 ]
             )
     header = ["group", "variant", "n", "Dice", "Dice - baseline [95 %]", "Jaccard", "accuracy"]
-    if published := record["published"]:
+    if published := record.get("published"):
         header.append("the paper's Dice")
         for line, row in zip(scored, summary, strict=True):
             line.append(_number(published.get(row["group"], {}).get(row["name"]), "{:.2f}"))
@@ -96,7 +96,7 @@ def study_tables(record: dict[str, Any]) -> list[Table]:
             ["group", "variant", "layer", "mean cosine", "repelled pairs, %"],
             hidden,
             "Of two vectors of one image. Pairs are repelled by the loss of the variant; for those without "
-            "PDCR by that of the settings.",
+            "PDCR by that of the settings. Behind UAFS receptive fields are larger, and so are their boxes.",
         ),
     ]
 
