@@ -507,6 +507,8 @@ class TestStudies:
             assert fact in html.unescape(page)
             assert fact in " ".join(printed.split())
 
+        assert command.main(["report", str(tmp_path / "results.json"), "--out", str(tmp_path / "again")]) == 0
+        assert (tmp_path / "again" / "index.html").read_text() == page
         monkeypatch.setattr(runs, "Experiment", None)  # nothing is computed again
         assert command.main(words) == 0
         assert json.loads((tmp_path / "results.json").read_text())["runs"] == record["runs"]

@@ -7,12 +7,14 @@ contrastseg-fast table3 hippocampus --data Task04_Hippocampus --seeds 0 1 2
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     limited = study_command("limited-data", "Parts of the training cases (Fig. 3).")
     limited.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0])
     study_command("figures", "Uncertainty maps, embeddings and affinities (Figs. 6 and 7).", seeds=(0,))
+    shown = commands.add_parser("report", help="Tables and a page from a study's results.json.")
+    shown.add_argument("results", type=Path, help="the file, wherever it was made")
+    shown.add_argument("--out", type=Path, help="folder for index.html (default runs/report)")
     return main_parser
 
 
@@ -123,10 +128,16 @@ def conduct(args: argparse.Namespace, config: Config) -> None:
     record = study.conduct(args.command, config, planned, args.out, line, started, published, args.quiet)
     if args.command == "figures":
         drawing.draw(planned, args.out)
-    report.write_study(record, args.out)
+    show(record, args.out)
+
+
+def show(record: dict[str, Any], out: Path) -> None:
+    """Print the tables of a study, and write its page."""
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_study(record, out)
     for table in study_tables(record):
         print(table.text())
-    print(f"Tables and pictures: {args.out / 'index.html'}")
+    print(f"Tables and pictures: {out / 'index.html'}")
 
 
 def command_line(given: Sequence[str]) -> str:
@@ -148,12 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = line.parse_args(words)
     args.words = words
     args.out = args.out or Path("runs") / args.command
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    changes: list[str] = list(args.set)
-    if args.data is not None:
-        changes.append(f"data.folder={args.data}")
     try:
+        if args.command == "report":
+            show(json.loads(args.results.read_text(encoding="utf-8")), args.out)
+            return 0
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        changes = [*args.set, *([] if args.data is None else [f"data.folder={args.data}"])]
         config = load_config(args.config, changes)
         if args.command == "train":
             train(args, config)
