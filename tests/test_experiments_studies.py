@@ -119,6 +119,8 @@ class TestBatches:
         for step, parts in zip((2, 3), zip(*halves, strict=True), strict=True):
             for k in range(2):
                 assert torch.equal(whole[step][k], torch.cat([part[k] for part in parts]))
+        for loaded, expected in zip(batches(patches, range(2), 4, workers=2), whole[:2], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
         other = next(batches(Patches(patches.cases, config.data, seed=6), range(1), 4))
         assert not torch.equal(other[0], whole[0][0])
 
