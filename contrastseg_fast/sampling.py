@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastseg_fast import _checks
+from contrastseg_fast.ops import gather as _gather_op
 
 SAMPLERS = ("grid", "random", "raster")
 
@@ -156,32 +156,7 @@ def gather_vectors(features: Tensor, indices: Tensor) -> Tensor:
     position = indices[:, 0]
     for axis, extent in enumerate(features.shape[3:], start=1):
         position = position * extent + indices[:, axis]
-    return _Gather.apply(features, position)
-
-
-class _Gather(torch.autograd.Function):
-    """`features.flatten(2)[:, :, position].mT` for both memory formats, without keeping `features`."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, position: Tensor) -> Tensor:
-        ctx.save_for_backward(position)
-        ctx.shape = features.shape
-        ctx.channels_last = not features.is_contiguous() and features.movedim(1, -1).is_contiguous()
-        if ctx.channels_last:
-            return features.movedim(1, -1).flatten(1, -2).index_select(1, position)
-        index = position.expand(*features.shape[:2], -1)
-        return features.flatten(2).gather(2, index).mT.contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (position,) = ctx.saved_tensors
-        batch, channels, *spatial = ctx.shape
-        if ctx.channels_last:
-            flat = grad.new_zeros(batch, math.prod(spatial), channels).index_add_(1, position, grad)
-            return flat.view(batch, *spatial, channels).movedim(-1, 1), None
-        flat = grad.new_zeros(batch, channels, math.prod(spatial))
-        index = position.expand(batch, channels, -1)
-        return flat.scatter_add_(2, index, grad.mT).view(ctx.shape), None
+    return _gather_op.gather_vectors(features, position)
 
 
 def _check(spatial_shape: Sequence[int], num_samples: int | None) -> None:
