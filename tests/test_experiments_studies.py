@@ -518,6 +518,16 @@ class TestStudies:
         assert command.main([*words, "--dry-run"]) == 0
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 8
 
+    def test_what_does_not_fit_shows_before_the_first_run(
+        self, settings_file: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["table3", str(settings_file), "--data", str(config.data.folder), "--out", str(tmp_path)]
+        words += ["--networks", "unet", "dynunet", "--set", "pdcr.patch_size={model.0: 5}"]
+        with pytest.raises(SystemExit):
+            command.main(words)
+        assert "error: dynunet, baseline: patch_size: expected some of the layers" in capsys.readouterr().err
+        assert not any(tmp_path.iterdir())
+
     def test_figures_of_volumes(self, settings_file: Path, tmp_path: Path) -> None:
         folder = build("decathlon:Prostate", tmp_path / "data", cases=6, size=24)
         changes = [

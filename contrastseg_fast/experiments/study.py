@@ -217,6 +217,14 @@ def summarise(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _check(job: Job) -> None:
+    """Build what the job needs, so that what does not fit shows now and not after hours."""
+    try:
+        runs.Experiment(job.config)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{job.variant.group}, {job.variant.name}: {error}") from error
+
+
 def conduct(
     name: str,
     config: Config,
@@ -235,7 +243,16 @@ def conduct(
 
     Returns:
         the content of `results.json`.
+
+    Raises:
+        ValueError: the settings of a variant do not fit; told before the first run.
     """
+    for job in planned:
+        if (
+            job.config.seed == planned[0].config.seed
+            and not (out / "runs" / job.folder / runs.RESULT).exists()
+        ):
+            _check(job)
     done: list[dict[str, Any]] = []
     record: dict[str, Any] = {}
     for number, job in enumerate(planned, start=1):
