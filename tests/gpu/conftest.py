@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -10,22 +11,36 @@ import torch
 
 from contrastseg_fast import _backend
 
+_LIBRARY = torch.library.Library("contrastseg_fast", "IMPL")
+_ON_CUDA = {  # the functions that call Triton kernels, by file of ops/ and operator
+    "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
+    "foreground_ratio": {"foreground_ratio": "_foreground_ratio_cuda"},
+    "gather": {"gather_vectors": "_gather_cuda", "gather_vectors_backward": "_backward_cuda"},
+    "entropy_gate": {"entropy_gate_forward": "_forward_triton", "entropy_gate_backward": "_backward_triton"},
+}
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition for equal bits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
-        choices=("cuda", "cpu"),
+        choices=("cuda", "cpu", "interpreter"),
         default="cuda",
-        help="where tests/gpu runs; on the CPU with small sizes and backend='auto' (%(default)s)",
+        help="where tests/gpu runs; on the CPU with small sizes and backend='auto', there also with the "
+        "Triton kernels in Triton's interpreter (%(default)s)",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device", "cuda") == "interpreter":
+        interpret_kernels()
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that the tests run on."""
-    if request.config.getoption("device", "cuda") == "cpu":
+    if request.config.getoption("device", "cuda") != "cuda":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device; --device cpu runs what makes sense without one")
@@ -90,6 +105,16 @@ def gate_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 def fit(device: torch.device) -> Callable[[int, int], int]:
     """A size, or on the CPU the second, smaller one."""
     return lambda size, on_cpu: size if device.type == "cuda" else min(size, on_cpu)
+
+
+def interpret_kernels() -> None:
+    """Run what runs on CUDA on the CPU instead, for the rest of this process, kernels interpreted."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    _backend.unavailable = lambda _backend, _device: None
+    for module, operators in _ON_CUDA.items():
+        op = importlib.import_module(f"contrastseg_fast.ops.{module}")
+        for operator, function in operators.items():
+            _LIBRARY.impl(operator, getattr(op, function), "CPU", allow_override=True)
 
 
 def _explicit(backend: str, device: torch.device) -> str:

@@ -1,0 +1,83 @@
+"""Vectors taken out of feature maps on the GPU, and the maps' dense gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from contrastseg_fast.sampling import gather_vectors
+from gpu.oracle import any_order, normwise_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {
+    "pixels": (2, 21, 9, 15),
+    "voxels": (2, 8, 5, 3, 11),
+    "one channel": (3, 1, 37, 5),
+    "many channels": (1, 2048, 6, 7),
+    "one place": (2, 33, 1, 1),
+}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def sliced(x: Tensor) -> Tensor:
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def take(features: Tensor, indices: Tensor) -> Tensor:
+    return features[(slice(None), slice(None), *indices.unbind(1))].mT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last, sliced])
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_vectors_and_gradients(
+    device, determinism: str, shape: tuple[int, ...], repeated: bool, layout, dtype
+) -> None:
+    """Places taken several times add up, in fp32; all others get 0."""
+    features = layout(torch.randn(shape, device=device).to(dtype))
+    count = 70 if repeated else max(1, features[0, 0].numel() // 2)
+    order = torch.randperm(features[0, 0].numel(), device=device)
+    if repeated:
+        order = torch.randint(features[0, 0].numel(), (count,), device=device)
+    indices = torch.stack(torch.unravel_index(order[:count], shape[2:]), -1)
+    grad = torch.randn(shape[0], count, shape[1], device=device).to(dtype)
+    leaf = features.detach().requires_grad_()
+    vectors = gather_vectors(leaf, indices)
+    (gradient,) = torch.autograd.grad(vectors, leaf, grad)
+    with any_order():
+        exact = features.double().requires_grad_()
+        (expected,) = torch.autograd.grad(take(exact, indices), exact, grad.double())
+    assert torch.equal(vectors, take(features, indices))
+    assert gradient.dtype == dtype
+    if repeated:
+        assert normwise_error(gradient, expected) <= 4 * torch.finfo(dtype).eps
+        assert not gradient[expected == 0].any()
+    else:
+        assert torch.equal(gradient.double(), expected)
+
+
+def test_strided_gradients_and_no_vectors(device) -> None:
+    features = torch.randn(2, 5, 6, 7, device=device, requires_grad=True)
+    indices = torch.tensor([[1, 2], [5, 6]], device=device)
+    (gradient,) = torch.autograd.grad(gather_vectors(features, indices).sum(), features)
+    assert gradient.sum() == 2 * 2 * 5
+    none = gather_vectors(features, indices[:0])
+    assert none.shape == (2, 0, 5)
+    (gradient,) = torch.autograd.grad(none.sum(), features)
+    assert not gradient.any()
+
+
+def test_equal_bits(device, deterministic) -> None:
+    features = torch.randn(2, 40, 16, 16, device=device, requires_grad=True)
+    indices = torch.randint(16, (900, 2), device=device)
+    grad = torch.randn(2, 900, 40, device=device)
+    first = torch.autograd.grad(gather_vectors(features, indices), features, grad)[0]
+    for _ in range(4):
+        assert torch.equal(torch.autograd.grad(gather_vectors(features, indices), features, grad)[0], first)
