@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,9 +50,15 @@ def make_inputs(
 
 
 def loss_and_gradient(implementation, vectors, ratios, valid, options, grad):
-    """`(loss, log_z, gradient)` by the operator ("op") or by its plain-PyTorch default ("default")."""
-    forward = pdcr.pdcr_forward if implementation == "op" else pdcr._forward
-    backward = pdcr.pdcr_backward if implementation == "op" else pdcr._backward
+    """`(loss, log_z, gradient)` by the operator, its plain-PyTorch default, or the Triton kernels."""
+    match implementation:
+        case "op":
+            forward, backward = pdcr.pdcr_forward, pdcr.pdcr_backward
+        case "default":
+            forward, backward = pdcr._forward, pdcr._backward
+        case "triton":
+            kernels = importlib.import_module("contrastseg_fast.kernels.pdcr")
+            forward, backward = kernels.forward, kernels.backward
     loss, log_z = forward(vectors, ratios, valid, *options)
     return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *options)
 
@@ -60,7 +67,7 @@ def normwise(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-def assert_as_exact_as_plain(vectors, ratios, valid, options) -> None:
+def assert_as_exact_as_plain(vectors, ratios, valid, options, implementation="op") -> None:
     """The error against float64 is at most twice that of plain PyTorch which upcasts to fp32 first.
 
     A few roundings come on top, of numbers near 1 or of exponents up to 1 / temperature.
@@ -68,7 +75,7 @@ def assert_as_exact_as_plain(vectors, ratios, valid, options) -> None:
     grad = torch.linspace(0.5, 1.5, vectors.shape[0])
     exact = loss_and_gradient("default", vectors.double(), ratios, valid, options, grad)
     plain = loss_and_gradient("default", vectors.float(), ratios, valid, options, grad)
-    actual = loss_and_gradient("op", vectors, ratios, valid, options, grad)
+    actual = loss_and_gradient(implementation, vectors, ratios, valid, options, grad)
     assert actual[2].dtype == vectors.dtype
     rounding = torch.finfo(torch.float32).eps * max(4, 0.25 / options[0])
     for name, a, p, e in zip(("loss", "log_z", "gradient"), actual, plain, exact, strict=True):

@@ -8,7 +8,8 @@ What is computed, with `u = v / |v|`, `x_ij = u_i . u_j - shift`, distances `d_i
            - 2 num_bias S
 
 where `S = sum_j u_j` stands for the constant part of the numerator's weights: no tile has to form it. In the
-paper's form t and the bracket vanish where d = 0, so tiles of equal ratios are left out, exactly.
+paper's form t and the bracket vanish where d = 0, so tiles of equal ratios are left out, exactly. In other
+forms the last term goes into the bracket, which it nearly cancels.
 
 16-bit vectors of up to 256 channels go through fused kernels (tensor cores, epilogue in registers). All
 others go through panels: cuBLAS writes some rows of similarities, a kernel turns them into powers or pair
@@ -644,6 +645,8 @@ def _form(options: tuple[Any, ...], num_classes: int, num_vectors: int) -> _Form
     weight = max(abs(den_bias), abs(den_bias + den_slope * farthest))
     largest = weight * (1 + abs(shift)) / temperature + math.log(max(num_vectors, 1))
     plain = den_bias == 0 and den_slope == 1 and shift == 0
+    # Weights are rounded to 16 bits, so they should be small: most ratios are alike, most categories are not.
+    apart = plain and not categorical
     factor = LOG2_E / temperature
     scale = factor if plain else 1.0
     return _Form(
@@ -654,9 +657,8 @@ def _form(options: tuple[Any, ...], num_classes: int, num_vectors: int) -> _Form
         slope=den_slope * factor,
         unequal=scale,
         pull=-2 * num_slope * (1.0 if plain else factor),
-        # Smaller weights lose less when rounded to 16 bits: most ratios are alike, most categories are not.
-        offset=-2 * num_bias * factor if categorical else 0.0,
-        apart=0.0 if categorical else num_bias,
+        offset=0.0 if apart else -2 * num_bias * factor,
+        apart=num_bias if apart else 0.0,
         factor=factor,
         attraction_scale=num_slope / scale,
     )
@@ -707,8 +709,10 @@ def _runs(phi: Tensor, launch: Launch) -> Tensor:
     last = torch.searchsorted(starts, first, right=True)
     begin = torch.arange(0, phi.shape[-1], launch.block_i, device=phi.device)
     whole = (first <= begin) & (last >= begin + launch.block_i)
-    first, last = -(first // -launch.block_j), last // launch.block_j
-    return torch.stack([first, torch.where(whole, last, first)], -1).int()
+    # Whole row tiles only: a skipped pair is counted by the row tiles on either side of it.
+    first, last = -(first // -launch.block_i), last // launch.block_i
+    per_row_tile = launch.block_i // launch.block_j
+    return torch.stack([first, torch.where(whole, last, first)], -1).mul(per_row_tile).int()
 
 
 def _prepare(

@@ -1,0 +1,218 @@
+"""The Triton kernels of PDCR, interpreted on CPU tensors, against the float64 default implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_pdcr import (
+    CATEGORICAL,
+    FORMS,
+    PAPER,
+    SHARP,
+    assert_as_exact_as_plain,
+    loss_and_gradient,
+    make_inputs,
+)
+
+from contrastseg_fast import _backend
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not _backend.interpreting(), reason="kernels are interpreted with TRITON_INTERPRET=1 only"
+)
+if _backend.interpreting():
+    from contrastseg_fast.kernels import pdcr as kernels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreting takes long for every program, however little it does."""
+    monkeypatch.setattr(kernels, "ROWS", (128, 128, 4))
+
+
+@pytest.fixture(params=[True, False], ids=["deterministic", "atomic"])
+def deterministic(request: pytest.FixtureRequest) -> bool:
+    """Rows in one program, or tiles that add up; memory stays poisoned with NaN only in the first."""
+    torch.use_deterministic_algorithms(request.param)
+    return request.param
+
+
+def some_valid(vectors: torch.Tensor) -> torch.Tensor:
+    valid = torch.rand(vectors.shape[:2]) > 0.3
+    valid[:, 0] = True
+    return valid
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_as_exact_as_plain_pytorch(form, dtype, deterministic):
+    options = FORMS[form]
+    vectors, ratios = make_inputs(2, 130, 20, 3, DTYPES[dtype], categorical=options[2])
+    assert_as_exact_as_plain(vectors, ratios, some_valid(vectors), options, "triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "count", "channels", "classes"),
+    [
+        ("bf16", 1, 257, 256, 2),
+        ("fp16", 2, 63, 100, 2),
+        ("bf16", 1, 130, 257, 2),  # too wide for the fused kernels
+        ("fp16", 1, 65, 300, 5),
+        ("fp32", 1, 300, 7, 2),
+        ("bf16", 1, 70, 16, 70),
+        ("fp32", 2, 129, 64, 1),
+    ],
+)
+def test_odd_sizes(dtype, batch, count, channels, classes, deterministic):
+    vectors, ratios = make_inputs(batch, count, channels, classes, DTYPES[dtype])
+    assert_as_exact_as_plain(vectors, ratios, None, PAPER, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_vector(dtype, deterministic):
+    vectors, ratios = make_inputs(3, 1, 5, 2, DTYPES[dtype])
+    loss, log_z, gradient = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(3))
+    assert loss.tolist() == pytest.approx([-2] * 3, abs=1e-6)  # log 1 - 1 / tau
+    assert log_z.abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [PAPER, SHARP], ids=["paper", "sharp"])
+def test_clustered_vectors(dtype, options):
+    """At cosine 0.9999 the gradient is what is left after nearly all of it cancels."""
+    vectors = torch.randn(1, 1, 64) + 0.01 * torch.randn(1, 200, 64)
+    _, ratios = make_inputs(1, 200, 64, 2, torch.float32)
+    assert_as_exact_as_plain(vectors.to(DTYPES[dtype]), ratios, None, options, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", [1e-30, 3e4])
+def test_vectors_of_any_length(dtype, unit):
+    if dtype == "fp16":
+        unit = max(unit, 1e-4)
+    vectors, ratios = make_inputs(1, 100, 24, 2, torch.float32)
+    vectors = vectors / vectors.abs().amax() * torch.logspace(-1, 0, 100)[None, :, None] * unit
+    vectors, options = vectors.to(DTYPES[dtype]), PAPER
+    grad = torch.full((1,), unit)  # so that gradients neither vanish nor overflow
+    exact = loss_and_gradient("default", vectors.double(), ratios, None, options, grad)
+    plain = loss_and_gradient("default", vectors.float(), ratios, None, options, grad)
+    actual = loss_and_gradient("triton", vectors, ratios, None, options, grad)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        plain_error = (p.to(a.dtype).double() - e).norm()
+        assert (a.double() - e).norm() <= 2 * plain_error + 1e-6 * e.norm()
+
+
+def test_zero_vectors_get_zero_gradients(deterministic):
+    for dtype in DTYPES.values():
+        vectors, ratios = make_inputs(2, 80, 12, 2, dtype)
+        vectors[:, ::3] = 0
+        assert_as_exact_as_plain(vectors, ratios, None, PAPER, "triton")
+        _, _, gradient = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
+        assert (gradient[:, ::3] == 0).all()
+
+
+def test_nothing_valid_gives_zero(deterministic):
+    vectors, ratios = make_inputs(2, 70, 12, 2, torch.bfloat16)
+    valid = torch.ones(2, 70, dtype=torch.bool)
+    valid[1] = False
+    loss, log_z, gradient = loss_and_gradient("triton", vectors, ratios, valid, PAPER, torch.ones(2))
+    assert loss[1] == 0
+    assert (log_z[1] == 0).all()
+    assert (gradient[1] == 0).all()
+    assert_as_exact_as_plain(vectors[:1], ratios[:1], valid[:1], PAPER, "triton")
+    vectors[1] = torch.nan  # what takes no part does not matter
+    again = loss_and_gradient("triton", vectors, ratios, valid, PAPER, torch.ones(2))
+    for value in again:
+        assert torch.isfinite(value).all()
+
+
+def test_large_incoming_gradient_in_fp16():
+    vectors, ratios = make_inputs(1, 150, 16, 2, torch.float16)
+    grad = torch.full((1,), 2.0**16)
+    exact = loss_and_gradient("default", vectors.double(), ratios, None, PAPER, grad)
+    actual = loss_and_gradient("triton", vectors, ratios, None, PAPER, grad)
+    assert torch.isfinite(actual[2]).all()
+    assert ((actual[2].double() - exact[2]).norm() / exact[2].norm()) < 2e-3
+
+
+def test_strided_inputs_and_expanded_gradients():
+    vectors, ratios = make_inputs(2, 90, 20, 3, torch.bfloat16)
+    apart = torch.empty(2, 20, 90, dtype=torch.bfloat16).mT.copy_(vectors)
+    shared = ratios[:1].expand(2, -1, -1)
+    grad = torch.ones(()).expand(2)
+    actual = loss_and_gradient("triton", apart, shared, None, PAPER, grad)
+    expected = loss_and_gradient("triton", vectors, shared.contiguous(), None, PAPER, torch.ones(2))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    ("options", "classes"), [(PAPER, 2), (PAPER, 3), ((0.004, *PAPER[1:]), 2)], ids=["2", "3", "overflowing"]
+)
+def test_tiles_of_equal_ratios_are_left_out(classes, options, deterministic, monkeypatch):
+    monkeypatch.setattr(kernels, "SORT_FROM", 1)
+    found = []
+    runs = kernels._runs
+    monkeypatch.setattr(kernels, "_runs", lambda *inputs: found.append(runs(*inputs)) or found[-1])
+    vectors, _ = make_inputs(1, 450, 20, classes, torch.float16)
+    ratios = torch.nn.functional.one_hot((torch.rand(1, 450) > 0.4).long(), classes).float()
+    ratios[:, :20] = torch.rand(1, 20, classes).softmax(-1)
+    for valid in (None, torch.arange(450)[None] % 10 > 0):
+        assert_as_exact_as_plain(vectors, ratios, valid, options, "triton")
+    assert all((first_and_last.diff(dim=-1) > 0).any() for first_and_last in found)
+
+
+def test_runs_cover_whole_tiles_of_equal_ratios_only():
+    launch = kernels.Launch(128, 64, 4, 1)
+    values = torch.cat([torch.full((300,), 0.1), torch.full((40,), 0.2), torch.full((172,), 0.3)])
+    phi = torch.stack([values, 1 - values])[None]
+    # Rows 0 to 299 are alike (row tiles 0 and 1, column tiles 0 to 3), and rows 340 to 511 (3; 6 and 7).
+    actual = kernels._runs(phi, launch)[0]
+    assert actual[[0, 1, 3]].tolist() == [[0, 4], [0, 4], [6, 8]]
+    assert actual[2, 0] == actual[2, 1]
+
+
+def test_several_panels_agree_with_one(monkeypatch, deterministic):
+    vectors, ratios = make_inputs(2, 300, 40, 2, torch.float32)
+    expected = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
+    monkeypatch.setattr(kernels, "_PANEL_BYTES", (1, 1))
+    panels = list(
+        kernels._panels(kernels._prepare(vectors, ratios, None, kernels._form(PAPER, 2, 300)), True)
+    )
+    assert [first for first, _, _ in panels] == [0, 128, 256]
+    actual = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
+    for a, e in zip(actual, expected, strict=True):
+        assert ((a - e).norm() / e.norm()) < 1e-6
+
+
+def test_deterministic_bits():
+    for options in (PAPER, CATEGORICAL):
+        vectors, ratios = make_inputs(1, 200, 20, 2, torch.bfloat16, categorical=options[2])
+        first, second = (
+            loss_and_gradient("triton", vectors, ratios, None, options, torch.ones(1)) for _ in range(2)
+        )
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1 << 14, 1 << 17])
+def test_pair_weights_fit_fp16(count):
+    form = kernels._form(PAPER, 2, count)
+    scale, undo = kernels._weight_scale(torch.float16, form, count)
+    largest = count * form.factor * 2 + 2 * form.factor  # one pair has all of both rows' sums, at distance 1
+    assert largest * scale < torch.finfo(torch.float16).max
+    assert scale * undo * form.factor == pytest.approx(1)
+    assert kernels._weight_scale(torch.bfloat16, form, count)[1] == 1
+
+
+@pytest.mark.parametrize("table", [kernels.FORWARD, kernels.BACKWARD] if _backend.interpreting() else [])
+def test_launch_tables_serve_every_width(table):
+    for by_mode in table.values():
+        for by_width in by_mode.values():
+            assert max(by_width) == kernels._WIDEST_FUSED
+            for launch in by_width.values():
+                assert kernels._PAD % launch.block_i == kernels._PAD % launch.block_j == 0
+                assert launch.block_i % launch.block_j == 0
