@@ -32,7 +32,7 @@ LAUNCHES = {  # by channels_last, and the bytes of a feature
 _VECTOR_BYTES = 16
 _SIZES = ("C", "M", "L", "tiles")
 _STRIDES = ("x_b", "x_run", "z_b", "z_m", "z_l", "y_b", "y_run")
-_GRAD_STRIDES = ("g_b", "g_run", "dz_b", "dz_m", "dz_l")
+_GRAD_STRIDES = ("g_b", "g_run", "du_b", "dz_b", "dz_m", "dz_l")
 
 
 @triton.jit
@@ -139,6 +139,7 @@ def entropy_gate_bwd_kernel(
     tiles,
     g_b,
     g_run,
+    du_b,
     x_b,
     x_run,
     z_b,
@@ -180,7 +181,7 @@ def entropy_gate_bwd_kernel(
             tl.store(p_out, narrow(v_g * v_gate[None, :], p_y.dtype.element_ty), mask=mask)
         v_grad = -tl.sum(v_sums, axis=0)
     if HAS_GRAD_U:
-        v_grad += tl.load(p_du + image * L + v_l, mask=mask_l, other=0.0)
+        v_grad += tl.load(p_du + image * du_b + v_l, mask=mask_l, other=0.0)
     v_scale = v_grad * v_inverse / tl.log(M.to(S))
     for m in range(M):
         v_t = tl.load(p_logits + m * z_m, mask=mask_l, other=0.0).to(S) - v_largest
@@ -260,11 +261,12 @@ def backward(
     """Fill `grad_x`, unless there is no `grad_gated`, and `grad_z`."""
     launch = LAUNCHES[channels_last][x.element_size()]
     grid, sizes = _grid(x, launch.block_l)
-    g = x if grad_gated is None else grad_gated  # not read where it is absent
+    g = x if grad_gated is None else grad_gated  # what is absent is not read
+    du = x if grad_uncertainty is None else grad_uncertainty
     with on(x):
         entropy_gate_bwd_kernel[grid](
             g,
-            x if grad_uncertainty is None else grad_uncertainty,
+            du,
             x,
             z,
             grad_x,
@@ -273,6 +275,7 @@ def backward(
             M=z.shape[1],
             g_b=g.stride(0),
             g_run=_run_stride(g, channels_last),
+            du_b=du.stride(0),
             x_b=x.stride(0),
             x_run=_run_stride(x, channels_last),
             z_b=z.stride(0),
