@@ -46,8 +46,8 @@ def attach_pdcr(
             afterwards. DataParallel is refused: its replicas would collect over each other.
         layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
             output (or its first tensor) is a feature map `(B, C, *spatial)`; or `"auto"`: for each of the
-            strides 2, 4 and 8 the last encoder layer whose receptive field has at least 5 pixels and at most
-            half of the image.
+            strides 2, 4 and 8 the last of the outermost encoder layers whose receptive field has at least 5
+            pixels and at most half of the image.
         num_classes: number of classes, as for `PDCRLoss`.
         example_input: an input `(B, C, *spatial)` as in training; only its shape, dtype and device count.
         receptive_fields: fields by layer to use instead of finding them, where the field found is infinite or
@@ -352,37 +352,42 @@ def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 
 def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
-    """The last encoder layer of each stride whose field is neither tiny nor most of the image."""
-    chosen: dict[int, LayerRun] = {}
+    """The encoder layer of each stride whose field is neither tiny nor most of the image."""
+    fitting: list[tuple[int, LayerRun]] = []
     for run in _encoder_and_decoder(model, example)[0]:
         field = run.receptive_field
         stride = max(field.stride)
         fits = all(size <= extent / 2 for size, extent in zip(field.size, example.shape[2:], strict=True))
         if stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
-            chosen[int(stride)] = run
-    if not chosen:
+            fitting.append((int(stride), run))
+    if not fitting:
         _checks.fail(
             "layers",
             f"an encoder with layers of stride {_AUTO_STRIDES} whose receptive field has at least "
             f"{_LEAST_AUTO_SIZE} pixels and at most half of the image",
             "none for 'auto' to choose; name them",
         )
-    return list(chosen.values())
+    return _last_outermost(model, fitting)
 
 
 def _auto_stages(model: nn.Module, example: Tensor) -> list[str]:
-    """The layer of each resolution on the way down, and of each on the way up: the last of the outermost."""
+    """The layer of each resolution on the way down, and of each on the way up."""
     stages: list[str] = []
     for half in _encoder_and_decoder(model, example):
-        chosen: dict[int, str] = {}
-        for run in half:
-            scale = _scale(run, example)
-            if scale not in chosen or _depth(model, run.name) <= _depth(model, chosen[scale]):
-                chosen[scale] = run.name
-        stages += chosen.values()
+        chosen = _last_outermost(model, [(_scale(run, example), run) for run in half])
+        stages += [run.name for run in chosen]
     if not stages:
         _checks.fail("layers", "a model with feature maps inside", "none for 'auto' to choose; name them")
     return stages
+
+
+def _last_outermost(model: nn.Module, runs: Sequence[tuple[int, LayerRun]]) -> list[LayerRun]:
+    """For each stride the layer inside fewest others, and of several the one that runs last."""
+    chosen: dict[int, LayerRun] = {}
+    for stride, run in runs:
+        if stride not in chosen or _depth(model, run.name) <= _depth(model, chosen[stride].name):
+            chosen[stride] = run
+    return list(chosen.values())
 
 
 def _depth(model: nn.Module, name: str) -> int:
