@@ -175,17 +175,18 @@ def test_runs_cover_whole_tiles_of_equal_ratios_only():
     assert actual[2, 0] == actual[2, 1]
 
 
-def test_several_panels_agree_with_one(monkeypatch, deterministic):
+@pytest.mark.parametrize(("most", "height"), [(1, 32), (2 * 384 * 4 * 96, 96), (2 * 384 * 4 * 140, 128)])
+def test_several_panels_agree_with_one(most, height, monkeypatch, deterministic):
     vectors, ratios = make_inputs(2, 300, 40, 2, torch.float32)
     expected = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
-    monkeypatch.setattr(kernels, "_PANEL_BYTES", (1, 1))
-    panels = list(
-        kernels._panels(kernels._prepare(vectors, ratios, None, kernels._form(PAPER, 2, 300)), True)
-    )
-    assert [first for first, _, _ in panels] == [0, 128, 256]
+    panels = []
+    product = kernels._product
+    monkeypatch.setattr(kernels, "_product", lambda a, b: panels.append(a.shape[1]) or product(a, b))
+    monkeypatch.setattr(kernels, "_PANEL_BYTES", (most, most))
     actual = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
     for a, e in zip(actual, expected, strict=True):
         assert ((a - e).norm() / e.norm()) < 1e-6
+    assert set(panels) == {height}
 
 
 def test_deterministic_bits():

@@ -24,7 +24,7 @@ Rows are multiplied as `v'' = v 2^-k` with k such that 1 <= |v''| < 2, which is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ BACKWARD = {
         False: {128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2)},
     },
 }
-PANEL_FORWARD = Launch(64, 128, 8, 1)
+PANEL_FORWARD = Launch(32, 128, 4, 1)
 PANEL_PAIRS = Launch(32, 128, 4, 1)
 ROWS = (16, 128, 4)  # rows and channels of a program, warps
 
@@ -240,7 +240,7 @@ def pdcr_fwd_kernel(
     z_ptr,  # (B, P): sums of powers; log2 of them unless SYMMETRIC
     attraction_ptr,  # (B, row tiles, chunks), 0 where no program writes
     first_tile,
-    first_column,
+    first_column,  # of the panel, a multiple of BLOCK_J
     padded,
     panel_stride_b,
     panel_stride_n,
@@ -773,17 +773,17 @@ def _launch(table: dict[int, dict[bool, dict[int, Launch]]], prepared: _Prepared
     return by_width[min(width for width in by_width if width >= prepared.rows.shape[2])]
 
 
-def _panels(prepared: _Prepared, symmetric: bool) -> Iterator[tuple[int, int, Tensor]]:
+def _panels(prepared: _Prepared, first_column: Callable[[int], int]) -> Iterator[tuple[int, int, Tensor]]:
     """First row, first column and similarities `(B, rows, P - first column)` of every panel."""
     rows = prepared.rows
     batch, padded, width = rows.shape
     least, most = _PANEL_BYTES
-    budget = min(max(batch * padded * width * 4, least), most)
-    height = max(_PAD, budget // (4 * batch * padded) // _PAD * _PAD)
+    height = min(max(batch * padded * width * 4, least), most) // (4 * batch * padded)
+    unit = _PAD if height >= _PAD else PANEL_FORWARD.block_i
+    height = max(unit, height // unit * unit)
     for first in range(0, padded, height):
-        first_column = first if symmetric else 0
-        panel = rows[:, first : first + height]
-        yield first, first_column, _product(panel, rows[:, first_column:].mT)
+        column = first_column(first)
+        yield first, column, _product(rows[:, first : first + height], rows[:, column:].mT)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -867,7 +867,10 @@ def forward(vectors: Tensor, ratios: Tensor, valid: Tensor | None, *options: Any
         if one_launch:
             add(0, 0, None)
         else:
-            for first, first_column, panel in _panels(prepared, symmetric):
+            block_j = launch.block_j
+            for first, first_column, panel in _panels(
+                prepared, lambda first: first // block_j * block_j if symmetric else 0
+            ):
                 add(first, first_column, panel)
         pdcr_loss_kernel[(batch,)](
             z,
@@ -980,7 +983,7 @@ def backward(
             )
         else:
             g = vectors.new_zeros(rows.shape, dtype=torch.float32)
-            for first, _, panel in _panels(prepared, symmetric=True):
+            for first, _, panel in _panels(prepared, lambda first: first):
                 _add_panel(g, first, panel, prepared, weights, weight_scale, modes)
         block_n, block_c, num_warps = ROWS
         pdcr_grad_kernel[(padded // block_n, batch)](
