@@ -91,7 +91,7 @@ def pdcr_loss(
     """
     _check_pairs(vectors, ratios, temperature, affinity, class_distance, include_background, valid, variant)
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    _backend.check("pdcr_loss", backend, vectors.device)
+    _check_pair_backend("pdcr_loss", backend, "vectors", vectors)
     ratios = ratios.detach()
     match backend:
         case "reference":
@@ -155,7 +155,7 @@ def repelled_fraction(
         tensor([0.6667])
     """
     _check_pairs(vectors, ratios, temperature, affinity, class_distance, include_background, valid, variant)
-    _backend.check("repelled_fraction", backend, vectors.device)
+    _check_pair_backend("repelled_fraction", backend, "vectors", vectors)
     match backend:
         case "reference":
             from contrastseg_fast import reference
@@ -333,7 +333,7 @@ def nt_xent_loss(
     _check_views(a, b)
     _checks.positive_finite("temperature", temperature)
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    _backend.check("nt_xent_loss", backend, a.device)
+    _check_pair_backend("nt_xent_loss", backend, "a", a)
     match backend:
         case "reference":
             from contrastseg_fast import reference
@@ -459,6 +459,12 @@ def _count_repelled(vectors: Tensor, form: _PairForm, valid: Tensor | None, temp
             pair_counts = (valid[:, rows, None] & valid[:, None, :]).tril(first - 1)  # each pair once
             repelled += (repels & pair_counts).sum((1, 2))
     return repelled / (num_vectors * (num_vectors - 1) // 2).clamp(min=1)
+
+
+def _check_pair_backend(op: str, backend: str, name: str, vectors: Tensor) -> None:
+    _backend.check(op, backend, vectors.device)
+    if backend == "triton" and vectors.dtype == torch.float64:
+        _checks.fail(name, "fp32, bf16 or fp16 for backend='triton'", vectors.dtype)
 
 
 def _check_pairs(

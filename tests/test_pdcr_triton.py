@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_pdcr import (
@@ -14,7 +16,8 @@ from test_pdcr import (
     make_inputs,
 )
 
-from contrastseg_fast import _backend
+from contrastseg_fast import _backend, functional
+from contrastseg_fast.ops import pdcr
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -217,3 +220,37 @@ def test_launch_tables_serve_every_width(table):
             for launch in by_width.values():
                 assert kernels._PAD % launch.block_i == kernels._PAD % launch.block_j == 0
                 assert launch.block_i % launch.block_j == 0
+
+
+def test_cuda_tensors_take_triton_or_say_once_why_not(monkeypatch):
+    """The dispatch of CUDA tensors, on CPU tensors."""
+    vectors, ratios = make_inputs(1, 40, 8, 2, torch.float32)
+    called = []
+    forward, backward = kernels.forward, kernels.backward
+    monkeypatch.setattr(kernels, "forward", lambda *inputs: called.append("forward") or forward(*inputs))
+    monkeypatch.setattr(kernels, "backward", lambda *inputs: called.append("backward") or backward(*inputs))
+    monkeypatch.setattr(_backend, "unavailable", lambda backend, device: None)
+    loss, log_z = pdcr._forward_cuda(vectors, ratios, None, *PAPER)
+    pdcr._backward_cuda(torch.ones(1), log_z, vectors, ratios, None, *PAPER)
+    assert called == ["forward", "backward"]
+    for unserved in (vectors.double(), vectors[:, :0], vectors[:0]):
+        pdcr._forward_cuda(unserved, ratios[: len(unserved), : unserved.shape[1]].double(), None, *PAPER)
+    assert called == ["forward", "backward"]
+    monkeypatch.setattr(_backend, "unavailable", lambda backend, device: "Triton is not installed")
+    _backend.warn_once.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match="pdcr_loss runs in plain PyTorch on cpu: Triton is not installed"
+    ):
+        plain, _ = pdcr._forward_cuda(vectors, ratios, None, *PAPER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pdcr._forward_cuda(vectors, ratios, None, *PAPER)
+    assert plain.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert called == ["forward", "backward"]
+
+
+def test_fp64_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(_backend, "check", lambda *_: None)
+    vectors, ratios = make_inputs(1, 4, 3, 2, torch.float64)
+    with pytest.raises(ValueError, match=r"vectors: expected fp32, bf16 or fp16 for backend='triton'"):
+        functional.pdcr_loss(vectors, ratios, backend="triton")
