@@ -151,9 +151,9 @@ def _launch_backward(
 
 
 def _triton_kernels() -> ModuleType:
-    from contrastseg_fast.kernels import entropy_gate
+    import contrastseg_fast.kernels.entropy_gate as kernels
 
-    return entropy_gate
+    return kernels
 
 
 def _forward_triton(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

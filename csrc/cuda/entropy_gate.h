@@ -39,11 +39,11 @@ struct Backward {
 };
 
 constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;      // the widest load of a thread
-constexpr int kSectorBytes = 32;      // what memory hands out at least
-constexpr int kRowBytes = 512;        // a warp of vectors
-constexpr int kHeldBytes = 8192;      // shared memory for logits
-constexpr int kBlocksPerProcessor = 8;
+constexpr int kVectorBytes = 16;  // the widest load of a thread
+constexpr int kSectorBytes = 32;  // what memory hands out at least
+constexpr int kRowBytes = 512;    // a warp of vectors
+constexpr int kHeldBytes = 8192;  // shared memory for logits
+constexpr int kBlocksPerProcessor = 4;  // about what a processor holds at a time
 constexpr int kLocationsPerBlock = 64;  // channels last, at least
 constexpr int kWarp = 32;
 
