@@ -63,7 +63,7 @@ def test_networks_train_as_with_the_reference(network: str) -> None:
         gate.backend = "reference"
     for net in (model, slow):
         for module in net.modules():
-            if isinstance(module, (nn.Dropout, nn.BatchNorm2d)):
+            if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.BatchNorm2d)):
                 module.eval()  # with batches this small, normalisation amplifies rounding ten-thousandfold
     results = []
     for net, backend in ((model, "auto"), (slow, "reference")):
