@@ -7,7 +7,7 @@ labels are class indices `(B, *spatial)` of any dtype or soft labels `(B, M, *sp
 kernel shows in the result; soft labels are rounded to multiples of a small power of two (`_fraction_bits`).
 
 The default kernels below are plain PyTorch, from integral images; devices with kernels of their own replace
-them.
+them: C++ on the CPU, Triton on CUDA.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from contrastseg_fast import _backend
 from contrastseg_fast.ops._library import LIBRARY, define
 
 
@@ -95,6 +96,25 @@ def _foreground_ratio(
     return ratios.float(), valid_fraction.float()
 
 
+def _foreground_ratio_cuda(
+    labels: Tensor,
+    starts: Tensor,
+    size: Sequence[int],
+    num_classes: int,
+    border: str,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    reason = _backend.unavailable("triton", labels.device)
+    if reason is None:
+        from contrastseg_fast.kernels import foreground_ratio as kernels
+
+        if kernels.can_count(labels, size):
+            return kernels.foreground_ratio(labels, starts, size, num_classes, border, ignore_index)
+    else:
+        _backend.warn_once(f"foreground_ratio runs in plain PyTorch: {reason}")
+    return _foreground_ratio(labels, starts, size, num_classes, border, ignore_index)
+
+
 def _foreground_ratio_fake(
     labels: Tensor,
     starts: Tensor,
@@ -134,6 +154,7 @@ _LABELS_IN_RANGE = define(
     _labels_in_range,
     _labels_in_range_fake,
 )
+torch.library.impl(_FOREGROUND_RATIO, "CUDA", lib=LIBRARY)(_foreground_ratio_cuda)
 for _op in (_FOREGROUND_RATIO, _LABELS_IN_RANGE):
     torch.library.impl(_op, "Autograd", lib=LIBRARY)(torch.library.fallthrough_kernel)  # no gradients
 
