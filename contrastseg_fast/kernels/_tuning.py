@@ -1,8 +1,8 @@
 """Launch parameters, and choosing them by measurement where that is asked for.
 
 With `CONTRASTSEG_FAST_AUTOTUNE=1`, the first call of every family of shapes times the candidates on its own
-data and keeps the fastest in `launch.json` under `CONTRASTSEG_FAST_CACHE` (default: ~/.cache/contrastseg_fast),
-by card and Triton version. Otherwise the tables in the kernels' files decide.
+data and keeps the fastest, by card and Triton version, in `launch.json` under `CONTRASTSEG_FAST_CACHE` (default:
+~/.cache/contrastseg_fast). Otherwise the tables in the kernels' files decide.
 """
 
 from __future__ import annotations
