@@ -40,7 +40,8 @@ $(OTHER_READY): $(OTHER_TORCH) pyproject.toml setup.py $(SOURCES) $(shell find c
 
 # Without the repository on the path, so that tests import the installed package.
 test-integrations: $(OTHER_READY)
-	PYTHONSAFEPATH=1 $(OTHER_BIN)/pytest -o pythonpath= tests --ignore tests/test_benchmarks.py $(ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/tests $(OTHER_BIN)/pytest -o pythonpath= tests \
+		--ignore tests/test_benchmarks.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)

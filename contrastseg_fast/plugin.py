@@ -49,7 +49,7 @@ def attach_pdcr(
             strides 2, 4 and 8 the last of the outermost encoder layers whose receptive field has at least 5
             pixels and at most half of the image.
         num_classes: number of classes, as for `PDCRLoss`.
-        example_input: an input `(B, C, *spatial)` as in training; only its shape, dtype and device count.
+        example_input: an input `(B, C, *spatial)` as in training; only its shape and dtype count.
         receptive_fields: fields by layer to use instead of finding them, where the field found is infinite or
             none can be found.
         options: everything else that `PDCRLoss` takes: `num_samples`, `temperature`, `patch_size`, ... The
@@ -203,7 +203,7 @@ def insert_uafs(
             resolution on the way down and again on the way up, layers with as many channels as the output
             apart.
         num_classes: classes that the gates predict, at least 2.
-        example_input: an input `(B, C, *spatial)` of the model; only its shape, dtype and device count.
+        example_input: an input `(B, C, *spatial)` of the model; only its shape and dtype count.
         options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
 
     Returns:
@@ -331,7 +331,7 @@ def _required(example_input: Tensor | None) -> Tensor:
 
 
 def _trace(model: nn.Module, example: Tensor, names: Sequence[str] | None) -> dict[str, LayerRun]:
-    return trace_layers(model, example.shape, names, dtype=example.dtype, device=example.device)
+    return trace_layers(model, example.shape, names, dtype=example.dtype)
 
 
 def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:

@@ -299,11 +299,10 @@ def trace_layers(
     names: Sequence[str] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
 ) -> dict[str, LayerRun]:
     """Run a model without data and watch the named layers, or all: the last run of each, in that order.
 
-    dtype and device of the input are those of the model's first floating parameter unless given.
+    The input is on the device of the model's first floating parameter, and of its dtype unless one is given.
     """
     modules = dict(model.named_modules(remove_duplicate=names is None))
     if names is not None:
@@ -333,7 +332,7 @@ def trace_layers(
         for name, module in modules.items():
             module.register_forward_hook(partial(watch, name))
         with fake_mode:
-            image = torch.empty(tuple(input_shape), dtype=dtype or like.dtype, device=device or like.device)
+            image = torch.empty(tuple(input_shape), dtype=dtype or like.dtype, device=like.device)
             tracker.see_image(image)
             try:
                 with tracker:

@@ -643,6 +643,16 @@ def test_gates_follow_dtype_copies_and_pickles() -> None:
     assert torch.equal(model(x.double()), expected)
 
 
+def test_examples_may_lie_on_another_device() -> None:
+    model, (x, y) = Net(), batch()
+    elsewhere = torch.empty(X, device="meta")
+    insert_uafs(model, "down", 2, example_input=elsewhere)
+    pdcr = attach_pdcr(model, "deep", 3, example_input=elsewhere, projection="mlp")
+    assert {parameter.device.type for parameter in [*model.parameters(), *pdcr.loss.parameters()]} == {"cpu"}
+    model(x)
+    assert pdcr(y).requires_grad
+
+
 def test_gates_belong_to_the_receptive_field() -> None:
     model, (x, y) = Net(), batch()
     insert_uafs(model, ["down"], 2, example_input=x)
