@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import pdcr
 from benchmarks.masks import chest_slices
-from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run
+from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Work
 from benchmarks.ratios import ratios_by_cumsum
 from contrastseg_fast import PDCRLoss, ReceptiveField, reference
 from contrastseg_fast.functional import sample_grid
@@ -42,13 +43,13 @@ def _fields() -> list[ReceptiveField]:
 
 
 def _inputs(size: Size, device: str) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     labels = chest_slices(size.batch, size.extent, size.classes)
     features = []
     for channels, stride, _ in LAYERS:
         extent = size.extent // stride
-        drawn = torch.randn(size.batch, channels, extent, extent, generator=generator)
-        features.append(drawn.to(device, DTYPES[size.dtype]))
+        drawn = torch.randn(size.batch, channels, extent, extent, generator=generator, device=device)
+        features.append(drawn.to(DTYPES[size.dtype]))
     return labels.to(device), *features
 
 
@@ -109,6 +110,23 @@ def _oracle(size: Size, inputs: Inputs) -> Result:
     return _with_gradients(_reference)(size, (labels, *(each.double() for each in features)))()
 
 
+def _work(size: Size, inputs: Inputs) -> Work:
+    """Labels read once, vectors read twice, dense gradients written once; the products and exponentials."""
+    labels, *features = inputs
+    moved, flops, exponentials = float(labels.nbytes), 0.0, 0.0
+    for feature_map, field in zip(features, _fields(), strict=True):
+        indices = sample_grid(feature_map.shape[2:], size.samples, device=labels.device)
+        box = [int(extent) for extent in field.size]
+        ratios = ratios_by_cumsum(labels, field.starts(indices), box, size.classes)
+        batch, count, _ = ratios.shape
+        channels = feature_map.shape[1]
+        pairs = batch * count**2 * pdcr.pairs_that_differ(ratios)
+        moved += feature_map.nbytes + 2 * batch * count * channels * feature_map.itemsize
+        flops += 4 * pairs * channels
+        exponentials += pairs
+    return Work(bytes=moved, flops=flops, exponentials=exponentials, dtype=size.dtype)
+
+
 def _loops_too_long(size: Size, _device: str) -> str | None:
     boxes = size.batch * size.samples * len(LAYERS)
     return f"crops {boxes} boxes one by one" if boxes > 2048 else None
@@ -121,6 +139,7 @@ OPERATION = Operation(
     checked=lambda size: replace(size, batch=min(size.batch, 2), samples=min(size.samples, 256)),
     tiny=lambda size: replace(size, batch=1, samples=16, extent=128),
     tolerance=lambda size: 1e-5 if size.dtype == "fp32" else 1e-2,
+    work=_work,
     implementations=(
         Implementation(OURS, _with_gradients(_ours)),
         Implementation("reference", _with_gradients(_reference), refuse=_loops_too_long),

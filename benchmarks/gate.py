@@ -36,10 +36,10 @@ class Size:
 
 
 def _inputs(size: Size, device: str) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     batch, channels, *spatial = size.shape
     tensors = [
-        torch.randn(batch, depth, *spatial, generator=generator).to(device, DTYPES[size.dtype])
+        torch.randn(batch, depth, *spatial, generator=generator, device=device).to(DTYPES[size.dtype])
         for depth in (channels, size.classes, channels)
     ]
     if size.channels_last:

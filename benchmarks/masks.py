@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def grid_starts(extent: int, count: int) -> Tensor:
     return sample_grid((extent // STRIDE, extent // STRIDE), count) * STRIDE - FIELD // 2
 
 
+@functools.cache
 def mask_ratios(batch: int, count: int, num_classes: int, extent: int = 512) -> Tensor:
     """Foreground ratios `(batch, count, num_classes)` of grid samples of slices large enough."""
     while (extent // STRIDE) ** 2 < count:

@@ -11,31 +11,41 @@ from benchmarks import pdcr
 from benchmarks.record import Record
 
 SHOWN = ("ours", "torch.compile", "reference", "chunked", "KeOps", "released", "three products")
+TIME, MEMORY = "seconds, forward + backward", "extra bytes at the peak"
 Point = Callable[[dict[str, Any]], float | None]
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
-    """Write `pdcr_time.png` and `pdcr_memory.png` of the random fp32 cases with 256 channels."""
-    like = {name: value for name, value in asdict(pdcr.Size(0)).items() if name != "count"}
-    cases = {
-        case["size"]["count"]: case
-        for record in records
-        for case in record["cases"]
-        if case["operation"] == "pdcr_loss" and like.items() <= case["size"].items()
-    }
-    if not cases:
-        raise SystemExit("the records hold no pdcr_loss case to draw")
-    folder.mkdir(parents=True, exist_ok=True)
-    time = _picture(cases, lambda entry: entry.get("quantiles", {}).get("50"), "seconds, forward + backward")
-    memory = _picture(cases, lambda entry: entry.get("peak_bytes"), "extra bytes at the peak")
+    """Write `pdcr_time.png` and `pdcr_memory.png` of the random cases with 256 channels: fp32 on the CPU.
+
+    Records of a GPU give `pdcr_gpu_time.png` and `pdcr_gpu_memory.png`, of the bf16 ones.
+    """
     written = []
-    for figure, name in ((time, "pdcr_time.png"), (memory, "pdcr_memory.png")):
-        figure.savefig(folder / name, dpi=150, bbox_inches="tight")
-        written.append(folder / name)
+    for device, dtype, prefix in (("cpu", "fp32", "pdcr"), ("cuda", "bf16", "pdcr_gpu")):
+        size = asdict(pdcr.Size(0, dtype=dtype))
+        like = {name: value for name, value in size.items() if name != "count"}
+        cases = {
+            case["size"]["count"]: case
+            for record in records
+            for case in record["cases"]
+            if case["operation"] == "pdcr_loss"
+            and case["device"] == device
+            and like.items() <= case["size"].items()
+        }
+        if not cases:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        time = _picture(cases, lambda entry: entry.get("quantiles", {}).get("50"), dtype, TIME)
+        memory = _picture(cases, lambda entry: entry.get("peak_bytes"), dtype, MEMORY)
+        for figure, name in ((time, f"{prefix}_time.png"), (memory, f"{prefix}_memory.png")):
+            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+            written.append(folder / name)
+    if not written:
+        raise SystemExit("the records hold no pdcr_loss case to draw")
     return written
 
 
-def _picture(cases: dict[int, dict[str, Any]], value: Point, label: str) -> Any:
+def _picture(cases: dict[int, dict[str, Any]], value: Point, dtype: str, label: str) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +63,7 @@ def _picture(cases: dict[int, dict[str, Any]], value: Point, label: str) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(cases), [str(count) for count in sorted(cases)], rotation=45)
-    axes.set_xlabel("vectors N (C = 256, fp32, random ratios)")
+    axes.set_xlabel(f"vectors N (C = 256, {dtype}, random ratios)")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

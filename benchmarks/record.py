@@ -142,7 +142,12 @@ def save(record: Record, path: Path) -> None:
 
 
 def load(path: Path) -> Record:
-    return json.loads(path.read_text())
+    """A record; that of `scripts/gpu_check.py` with the cases of all its parts in a row."""
+    record = json.loads(path.read_text())
+    if "parts" in record:
+        results = [part.get("result", {}) for part in record["parts"].values()]
+        record["cases"] = [case for result in results for case in result.get("cases", [])]
+    return record
 
 
 def physical_bytes() -> int:

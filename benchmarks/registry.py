@@ -87,6 +87,7 @@ def _sizes(counts: tuple[int, ...]) -> tuple[Case, ...]:
     return tuple(
         _on_gpu(
             pdcr.Size(count, channels, dtype="bf16"),
+            *([] if channels == 256 or count < 65536 else ["chunked"]),
             compiled=channels == 256,
             flex=channels in (64, 256) and count >= 1024,
         )

@@ -216,6 +216,7 @@ def _step(pdcr: str | None = None, uafs: str | None = None) -> Callable[[Size, I
                 backend=pdcr,
             )
         criterion = _criterion()
+        torch.backends.cudnn.benchmark = images.is_cuda
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=size.dtype == "bf16")
         model.train()

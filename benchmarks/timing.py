@@ -66,7 +66,7 @@ def measure_times(
                 if on_cuda:
                     first = device.timed(run, 1)
                     seconds, entry["host_seconds"] = first.on_device, [first.on_host]
-                    calls[name] = min(device.MOST_CALLS, ceil(device.SAMPLE_SECONDS / seconds))
+                    calls[name] = min(device.MOST_CALLS, ceil(device.SAMPLE_SECONDS / max(seconds, 1e-7)))
                 else:
                     seconds = _seconds(run)
                     calls[name] = max(1, ceil(SAMPLE_SECONDS / seconds))
@@ -154,7 +154,11 @@ def _start(
         if case.device != "cuda":
             return runs[0]
         entry["input_sets"] = len(runs)
-        return device.taking_turns(_captured(runs, entry) if case.graph else runs)
+        if case.graph:
+            expected = runs[0]()
+            runs = _captured(runs, entry)
+            checker.compare("the call itself, replayed", runs[0](), expected)
+        return device.taking_turns(runs)
     except Unavailable as unavailable:
         entry.update(status="skipped", reason=str(unavailable))
     except Mismatch as mismatch:
@@ -208,9 +212,13 @@ class _Checker:
         if self._whole is None:
             self._whole, self._whole_of = result, implementation.name
             return
-        difference = normwise_error(result, self._whole)
+        self.compare(self._whole_of, result, self._whole)
+
+    def compare(self, name: str, result: Result, expected: Result) -> None:
+        """Raise if results at the case's own size differ."""
+        difference = normwise_error(result, expected)
         if difference > 2 * self.tolerance:
-            raise Mismatch(f"differs by {difference:.1g} from {self._whole_of} at this size")
+            raise Mismatch(f"differs by {difference:.1g} from {name} at this size")
 
 
 def normwise_error(results: Result, expected: Result) -> float:
@@ -219,7 +227,7 @@ def normwise_error(results: Result, expected: Result) -> float:
     for actual, exact in zip(results, expected, strict=True):
         difference = torch.linalg.vector_norm(actual.double() - exact.double())
         errors.append((difference / torch.linalg.vector_norm(exact.double()).clamp(min=1e-300)).item())
-    return max(error if isfinite(error) else float("inf") for error in errors)
+    return max((error if isfinite(error) else float("inf") for error in errors), default=0.0)
 
 
 def _seconds(run: Run) -> float:
