@@ -1,7 +1,7 @@
 """Launch parameters, and choosing them by measurement where that is asked for.
 
 With `CONTRASTSEG_FAST_AUTOTUNE=1`, the first call of every family of shapes times the candidates on its own
-data and keeps the fastest, by card and Triton version, in `launch.json` under `CONTRASTSEG_FAST_CACHE` (default:
+data and keeps the fastest, by card and Triton version, in `launch.json` of `CONTRASTSEG_FAST_CACHE` (default:
 ~/.cache/contrastseg_fast). Otherwise the tables in the kernels' files decide.
 """
 
