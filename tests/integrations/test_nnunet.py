@@ -362,7 +362,7 @@ def test_compiled_and_distributed_networks_train_alike(
 
 
 def gradients(trainer: nnUNetTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Those of the encoder in one step of nnU-Net's, without its clipping; and the regularization."""
+    """Those of the encoder, unclipped, and the regularization."""
     trainer.loss.weight = 1.0
     trainer.optimizer.zero_grad()
     trainer.network.train()
@@ -438,6 +438,13 @@ def test_settings_are_class_attributes(root: Path) -> None:
         weights.append(trainer.loss.weight)
     assert weights == pytest.approx([0, 0.075, 0.15, 0.225, 0.3, 0.3])
     assert math.isfinite(trainer.train_step(batch)["loss"])
+
+    small = derived(root, trainers.nnUNetTrainerPDCR, pdcr_options={"patch_size": 5})
+    small.initialize()
+    assert small.pdcr.loss.patch_size == 5
+    projected = derived(root, trainers.nnUNetTrainerPDCR, pdcr_options={"projection": "linear"})
+    with pytest.raises(ValueError, match="pdcr_options: expected no projection"):
+        projected.initialize()
 
     gated = derived(
         root,

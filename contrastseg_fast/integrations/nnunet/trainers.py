@@ -84,8 +84,9 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
         pdcr_num_samples: vectors per image and layer at most; None takes all.
         pdcr_temperature, pdcr_class_distance, pdcr_variant: as for `PDCRLoss`. With region-based labels,
             which overlap, `class_distance` is always `"mean"`, over the regions.
-        pdcr_options: everything else that `PDCRLoss` takes. `skip_homogeneous` is on unless this says
-            otherwise: most of nnU-Net's crops are random, and many hold background alone.
+        pdcr_options: everything else that `PDCRLoss` takes, except a projection, whose heads would not be
+            part of the network. `skip_homogeneous` is on unless this says otherwise: most of nnU-Net's crops
+            are random, and many hold background alone.
 
     Example:
         class nnUNetTrainerPDCRStrong(nnUNetTrainerPDCR):
@@ -136,6 +137,10 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
             "variant": self.pdcr_variant,
             **self.pdcr_options,
         }
+        if options.get("projection") is not None:
+            _checks.fail(
+                "pdcr_options", "no projection, as its heads are not in the network", self.pdcr_options
+            )
         automatic = self.pdcr_layers == "auto"
         layers = _stages(network, "pdcr_layers", "encoder") if automatic else self.pdcr_layers
         example = torch.empty(1, num_input_channels, *patch)
@@ -146,7 +151,7 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
             for name, field in traced.loss.receptive_fields.items()
             if not automatic or max(field.stride) in _AUTO_STRIDES
         }
-        if "patch_sizes" not in options:
+        if not {"patch_size", "patch_sizes"} & set(options):
             size = self.pdcr_patch_size
             options["patch_size"] = _boxes_within_half(fields, patch) if size == "auto" else size
         self.pdcr = attach_pdcr(
