@@ -7,7 +7,7 @@ OTHER := .venv-integrations
 OTHER_BIN := $(OTHER)/bin
 OTHER_TORCH := $(OTHER)/.torch
 OTHER_READY := $(OTHER)/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 
 .PHONY: setup demo test test-integrations bench gpu-check lint clean
 
