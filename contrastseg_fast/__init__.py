@@ -9,8 +9,16 @@ names in plain PyTorch, to be read against the paper.
 """
 
 from contrastseg_fast.modules import UAFS, PDCRLoss
-from contrastseg_fast.plugin import attach_pdcr, insert_uafs
+from contrastseg_fast.plugin import attach_pdcr, insert_uafs, remove_uafs
 from contrastseg_fast.receptive_field import ReceptiveField, receptive_fields
 
 __version__ = "0.1.0"
-__all__ = ["UAFS", "PDCRLoss", "ReceptiveField", "attach_pdcr", "insert_uafs", "receptive_fields"]
+__all__ = [
+    "UAFS",
+    "PDCRLoss",
+    "ReceptiveField",
+    "attach_pdcr",
+    "insert_uafs",
+    "receptive_fields",
+    "remove_uafs",
+]

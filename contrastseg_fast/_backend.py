@@ -70,6 +70,7 @@ def card_error(index: int) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why the `"triton"` or `"cuda"` kernels cannot run on a CUDA device, or None if they can."""
     missing = triton_error() if backend == "triton" else cuda_library_error()

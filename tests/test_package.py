@@ -38,15 +38,35 @@ def test_public_names():
         "receptive_fields",
         "attach_pdcr",
         "insert_uafs",
+        "remove_uafs",
     }
-    for name in ("pdcr_loss", "foreground_ratio", "sample_grid", "entropy_gate"):
+    for name in (
+        "pdcr_loss",
+        "foreground_ratio",
+        "sample_grid",
+        "entropy_gate",
+        "nt_xent_loss",
+        "warmup_weight",
+    ):
         assert callable(getattr(functional, name))
     for name in ("PDCRLoss", "UAFS", "pdcr_loss", "foreground_ratio", "entropy_gate"):
         assert callable(getattr(reference, name))
 
 
 def test_import_is_light():
-    heavy = ("triton", "monai", "matplotlib", "sklearn", "contrastseg_fast.experiments")
+    heavy = (
+        "triton",
+        "monai",
+        "lightning",
+        "nnunetv2",
+        "segmentation_models_pytorch",
+        "timm",
+        "matplotlib",
+        "sklearn",
+        "contrastseg_fast.experiments",
+        "contrastseg_fast.integrations",
+        "contrastseg_fast.kernels",
+    )
     code = f"import contrastseg_fast, sys; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code).strip() == "[]"
 
