@@ -33,9 +33,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def cuda_library_error() -> str | None:
-    """Why the compiled CUDA kernels are not there, or None; loads them where torch has CUDA."""
+def _find_cuda_library() -> str | None:
+    """Register the CUDA kernels where torch finds a device; why that cannot be, or None."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:
@@ -45,8 +44,7 @@ def cuda_library_error() -> str | None:
     return None
 
 
-@functools.cache
-def triton_error() -> str | None:
+def _find_triton() -> str | None:
     """Why Triton cannot be used, or None; Triton itself is not imported."""
     if torch.version.hip is not None:
         return "the kernels are made for NVIDIA cards"
@@ -56,6 +54,11 @@ def triton_error() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
         return f"Triton {'.'.join(map(str, _LEAST_TRITON))} or later is needed, {version} is installed"
     return None
+
+
+# Found once, here: torch.compile does not follow imports inside what it compiles.
+_CUDA_LIBRARY_ERROR = _find_cuda_library()
+_TRITON_ERROR = _find_triton()
 
 
 @functools.cache
@@ -70,10 +73,9 @@ def card_error(index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why the `"triton"` or `"cuda"` kernels cannot run on a CUDA device, or None if they can."""
-    missing = triton_error() if backend == "triton" else cuda_library_error()
+    missing = _TRITON_ERROR if backend == "triton" else _CUDA_LIBRARY_ERROR
     if missing is not None:
         return missing
     return card_error(torch.cuda.current_device() if device.index is None else device.index)

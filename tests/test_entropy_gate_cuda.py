@@ -318,7 +318,7 @@ def test_ahead_of_time_library_loads_where_torch_is_built_with_cuda_and_only_the
 import importlib.util, sys, torch, contrastseg_fast
 from contrastseg_fast import _backend
 if not torch.cuda.is_available():
-    assert _backend.cuda_library_error() == "torch finds no CUDA device"
+    assert _backend._CUDA_LIBRARY_ERROR == "torch finds no CUDA device"
     assert "contrastseg_fast._C_cuda" not in sys.modules
 try:
     spec = importlib.util.spec_from_file_location("_C_cuda", {str(compiled)!r})

@@ -320,7 +320,7 @@ def test_autocast_leaves_products_in_fp32():
 
 _CAPABILITY_CHECK = """
 import torch
-from tests import test_pdcr as t
+import test_pdcr as t
 for name, options in t.FORMS.items():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         vectors, ratios = t.make_inputs(2, 205, 37, 3, dtype, categorical=options[2])
@@ -335,7 +335,11 @@ for name, options in t.FORMS.items():
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_other_vector_code(capability):
     """The binary's other kernels, where this machine would choose better ones."""
-    environment = {**os.environ, "CONTRASTSEG_FAST_CPU": capability}
+    environment = {
+        **os.environ,
+        "CONTRASTSEG_FAST_CPU": capability,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+    }
     result = subprocess.run(
         [sys.executable, "-c", _CAPABILITY_CHECK],
         env=environment,
