@@ -70,7 +70,8 @@ def assert_pdcr_as_exact_as_plain(
         plain = loss_and_gradient(vectors.float(), ratios, "reference", grad, **options)
     assert actual[0].dtype == torch.float32
     assert actual[1].dtype == vectors.dtype
-    rounding = FP32_EPS * max(4.0, 0.25 / options.get("temperature", 0.5))
+    sharpness = 1 / options.get("temperature", 0.5)
+    rounding = FP32_EPS * max(4.0, min(sharpness, 16.0), sharpness / 4)
     for name, a, p, e in zip(("loss", "gradient"), actual, plain, exact, strict=True):
         assert_as_exact(name, a, p.to(a.dtype), e, rounding)
     return actual
