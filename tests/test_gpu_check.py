@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
