@@ -11,11 +11,11 @@ import torch
 
 from benchmarks import registry
 from benchmarks.operation import Case, Implementation
-from contrastseg_fast.experiments.compare import peak_bytes as process_peak_bytes
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["benchmarks.memory"])  # imports torch once, and computes nothing
+# Imports torch once, and computes nothing.
+_context.set_forkserver_preload(["benchmarks.memory", "contrastseg_fast.experiments.compare"])
 
 
 def peak_bytes(case_id: str, name: str) -> int:
@@ -54,6 +54,8 @@ def device_peak_bytes(case: Case, implementation: Implementation) -> int:
 
 
 def _measure(sender: Connection, case_id: str, name: str) -> None:
+    from contrastseg_fast.experiments.compare import peak_bytes as process_peak_bytes  # needs monai
+
     case = registry.find(case_id)
     operation, implementation = case.operation, case.operation.implementation(name)
     libc = ctypes.CDLL(None)

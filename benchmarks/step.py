@@ -245,7 +245,12 @@ def _oracle(size: Size, inputs: Inputs) -> Result:
 
 
 def _tiny(size: Size) -> Size:
-    return replace(size, samples=16, batch=1, extent=64 if NETWORKS[size.network].spatial_dims == 2 else 32)
+    return replace(
+        size,
+        samples=16,
+        batch=min(size.batch, 2),
+        extent=64 if NETWORKS[size.network].spatial_dims == 2 else 32,
+    )
 
 
 def _loops_too_long(size: Size, device: str) -> str | None:
@@ -254,7 +259,8 @@ def _loops_too_long(size: Size, device: str) -> str | None:
 
 
 def _checked(size: Size) -> Size:
-    return replace(size, batch=1, samples=min(size.samples, 256))
+    # DeepLab normalises pooled features over the batch, which takes two images.
+    return replace(size, batch=min(size.batch, 2), samples=min(size.samples, 256))
 
 
 OPERATION = Operation(

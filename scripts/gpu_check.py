@@ -100,7 +100,8 @@ def _tests(out: Path, name: str, files: str, chosen: str, *, dry: bool, workers:
     options = ["-q", "-rs", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml"]
     if dry:
         options += ["--device", "cpu"]
-        chosen = f"({chosen or 'test'}) and (nothing or cpu_tensors or fp64 or certain or expanded)"
+        few = "nothing or cpu_tensors or fp64 or certain or expanded or random-131072"
+        chosen = f"({chosen or 'test'}) and ({few})"
     elif workers > 1 and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(workers)]
     if chosen:
@@ -306,7 +307,7 @@ def _summarise_profile(result: Result) -> str:
     slowest = ", ".join(
         f"{each['name'][:40]} {each['microseconds']:.0f} us" for each in result["kernels"][:3]
     )
-    return f"{slowest}; ncu: {result['ncu']}"
+    return f"{slowest}; ncu: {result['ncu']}".removeprefix("; ")
 
 
 def inside_build(out: Path, *, dry: bool) -> int:

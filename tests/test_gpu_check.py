@@ -124,7 +124,7 @@ def test_reads_what_pytest_leaves(tmp_path: Path) -> None:
 
 
 def test_dry_run_walks_through_the_parts(tmp_path: Path) -> None:
-    names = ("build", "tests-calls", "memcheck", "gate", "profile")
+    names = ("build", "tests-calls", "tests-large", "memcheck", "gate", "profile")
     only = [argument for name in names for argument in ("--only", name)]
     command = [sys.executable, str(SCRIPT), "--dry-run", "--out", str(tmp_path), *only]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
