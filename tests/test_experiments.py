@@ -374,7 +374,11 @@ class TestDemo:
             return step(trainer, *batch)
 
         monkeypatch.setattr(training.Trainer, "step", interrupted_step)
-        status, results, page = self.run(data, tmp_path)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+        try:
+            status, results, page = self.run(data, tmp_path)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert status == 130
         assert not results["finished"]
         assert "scores" in results["runs"]["baseline"]
