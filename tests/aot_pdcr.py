@@ -41,6 +41,7 @@ def _spec(
 _FLOATS = dict.fromkeys(
     (
         "phi_scale",
+        "absent",
         "bias",
         "slope",
         "shift",

@@ -132,6 +132,17 @@ def test_nothing_valid_gives_zero(deterministic):
         assert torch.isfinite(value).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.07, 0.02, 0.002])
+def test_what_takes_no_part_never_overflows(dtype, temperature, deterministic):
+    vectors, ratios = make_inputs(1, 70, 12, 2, DTYPES[dtype])
+    for form in ((0.0, 1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 0.0, 1.0, -1.0)):
+        options = (temperature, 0.5, False, *form)
+        values = loss_and_gradient("triton", vectors, ratios, some_valid(vectors), options, torch.ones(1))
+        for value in values:
+            assert torch.isfinite(value).all()
+
+
 def test_large_incoming_gradient_in_fp16():
     vectors, ratios = make_inputs(1, 150, 16, 2, torch.float16)
     grad = torch.full((1,), 2.0**16)

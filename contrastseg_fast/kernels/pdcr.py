@@ -237,6 +237,7 @@ def _prepare(
         *vectors.stride(),
         *ratios.stride(),
         form.phi_scale,
+        -1.0 if form.plain else 0.0,  # equal to no other, for runs; within their range, for exponents
         UNIT=vectors.dtype == torch.float32,
         STABLE=form.stable,
         BLOCK_N=block_n,

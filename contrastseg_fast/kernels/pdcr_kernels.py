@@ -38,6 +38,7 @@ def pdcr_rows_kernel(
     ratios_stride_n,
     ratios_stride_m,
     phi_scale,
+    absent,  # the scaled ratio of what takes no part
     UNIT: tl.constexpr,  # whether to write v / |v|, with scale 1
     STABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,7 +101,7 @@ def pdcr_rows_kernel(
     class_ptr = phi_ptr + image * num_classes * padded
     for _ in range(num_classes):
         phi = tl.load(ratio_ptrs, takes_part, 0).to(tl.float32)
-        phi = tl.where(takes_part, phi * phi_scale, -1.0)  # equal to no vector that takes part
+        phi = tl.where(takes_part, phi * phi_scale, absent)
         tl.store(class_ptr + n, phi, n < padded)
         ratio_ptrs += ratios_stride_m
         class_ptr += padded
@@ -356,7 +357,9 @@ def _pair_weight(
         share = tl.exp2(t) * (z_i[:, None] + z_j[None, :])
     if PLAIN:
         return distance * (share + pull) + offset
-    return (bias + slope * distance) * share + (pull * distance + offset)
+    weight = (bias + slope * distance) * share + (pull * distance + offset)
+    # Powers of rows that take no part may overflow here, and inf * 0 is NaN.
+    return tl.where((scale_i >= 0)[:, None] & (scale_j >= 0)[None, :], weight, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_classes"])
