@@ -87,6 +87,14 @@ def warn_once(message: str) -> None:
     warnings.warn(f"contrastseg_fast: {message}", RuntimeWarning, stacklevel=2)
 
 
+def has_triton(otherwise: str, device: torch.device) -> bool:
+    """Whether Triton kernels can run on a CUDA device; says once what happens `otherwise`, and why."""
+    reason = unavailable("triton", device)
+    if reason is not None:
+        warn_once(f"{otherwise}: {reason}")
+    return reason is None
+
+
 def check(op: str, backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")) -> None:
     """Raise unless `backend` can run `op` on tensors of `device`; `"auto"` always can.
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from contrastseg_fast import _checks
-from contrastseg_fast.modules import UAFS, LayerSamples, PDCRLoss, finest
+from contrastseg_fast.modules import UAFS, LayerSamples, PDCRLoss, finest, submodule_name
 from contrastseg_fast.receptive_field import LayerRun, ReceptiveField, trace_layers, unknown_layer
 
 _AUTO_STRIDES = (2, 4, 8)
@@ -228,7 +228,7 @@ def insert_uafs(
         )
     made: dict[str, UAFS] = {}
     for name, run in _trace(model, example, names).items():
-        if name == "" or (gates is not None and _key(name) in gates):
+        if name == "" or (gates is not None and submodule_name(name) in gates):
             _checks.fail("layers", "layers inside the model that have no gate yet", repr(name))
         _ = run.receptive_field  # raises unless the output is a feature map
         gate = UAFS(len(run.shape) - 2, run.shape[1], num_classes, **options)
@@ -237,7 +237,7 @@ def insert_uafs(
         gates = _Gates()
         model.add_module(_GATES, gates)
     for name, gate in made.items():
-        gates[_key(name)] = gate
+        gates[submodule_name(name)] = gate
         gates.handles.append(model.get_submodule(name).register_forward_hook(_GateHook(gate)))
     return model
 
@@ -298,11 +298,6 @@ class _GateHook:
         position = next(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         leaves[position] = self.gate(leaves[position])
         return tree_unflatten(leaves, structure)
-
-
-def _key(name: str) -> str:
-    """A layer's name as the name of a submodule, which may not have dots."""
-    return name.replace(".", "/")
 
 
 def _check_model(model: nn.Module) -> None:

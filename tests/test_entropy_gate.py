@@ -47,6 +47,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(count)
 
 
+def extreme_logits(dtype: torch.dtype) -> Tensor:
+    """`(1, 3, 13)`: four certain locations, three undecided, two between two classes, four undefined."""
+    big = min(1e30, torch.finfo(dtype).max)
+    inf, nan = torch.inf, torch.nan
+    certain = [[0, big, -big], [-inf, 7, -inf], [-big, -big, big], [0, 0, 3000]]
+    constant = [[0, 0, 0], [big, big, big], [-big, -big, -big]]
+    two_left = [[-inf, 3, 3], [big, -inf, big]]
+    undefined = [[nan, 0, 0], [0, 0, nan], [inf, 0, 0], [-inf, -inf, -inf]]
+    return torch.tensor([certain + constant + two_left + undefined], dtype=dtype).mT
+
+
 def channels_last(x: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.to(memory_format=formats[x.dim()]) if x.dim() in formats else x
@@ -162,17 +173,14 @@ def test_memory_fresh_from_the_system(layout) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extreme_logits(gate, dtype: torch.dtype) -> None:
-    big = min(1e30, torch.finfo(dtype).max)
-    inf, nan = torch.inf, torch.nan
-    certain = [[0, big, -big], [-inf, 7, -inf], [-big, -big, big], [0, 0, 3000]]
-    constant = [[0, 0, 0], [big, big, big], [-big, -big, -big]]
-    two_left = [[-inf, 3, 3], [big, -inf, big]]
-    undefined = [[nan, 0, 0], [0, 0, nan], [inf, 0, 0], [-inf, -inf, -inf]]
-    logits = torch.tensor([certain + constant + two_left + undefined], dtype=dtype).mT
+    logits = extreme_logits(dtype)
     features, grad_gated = torch.randn(2, 1, 5, 13, dtype=torch.float64).to(dtype)
     gated, u = gate[0](features, logits)
     expected = (
-        [0] * 4 + [1] * 3 + [torch.log(torch.tensor(2.0)) / torch.log(torch.tensor(3.0))] * 2 + [nan] * 4
+        [0] * 4
+        + [1] * 3
+        + [torch.log(torch.tensor(2.0)) / torch.log(torch.tensor(3.0))] * 2
+        + [torch.nan] * 4
     )
     torch.testing.assert_close(
         u.flatten().tolist(), [float(x) for x in expected], rtol=1e-6, atol=0, equal_nan=True

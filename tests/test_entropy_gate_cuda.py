@@ -24,6 +24,7 @@ from test_entropy_gate import (
     by_gate,
     by_reference,
     channels_last,
+    extreme_logits,
     make_inputs,
     strided,
 )
@@ -143,13 +144,7 @@ def test_mixed_dtypes(feature_dtype: torch.dtype, logit_dtype: torch.dtype) -> N
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extreme_logits(dtype: torch.dtype) -> None:
-    big = min(1e30, torch.finfo(dtype).max)
-    inf, nan = torch.inf, torch.nan
-    certain = [[0, big, -big], [-inf, 7, -inf], [-big, -big, big], [0, 0, 3000]]
-    constant = [[0, 0, 0], [big, big, big], [-big, -big, -big]]
-    two_left = [[-inf, 3, 3], [big, -inf, big]]
-    undefined = [[nan, 0, 0], [0, 0, nan], [inf, 0, 0], [-inf, -inf, -inf]]
-    logits = torch.tensor([certain + constant + two_left + undefined], dtype=dtype).mT
+    logits = extreme_logits(dtype)
     features, grad_gated = torch.randn(2, 1, 5, 13, dtype=torch.float64).to(dtype)
     gated, u = CUDA[0](features, logits)
     expected_gated, expected_u = op._forward(features, logits)

@@ -486,6 +486,15 @@ def pdcr_pairs_kernel(
     tl.store(weights_ptr + offsets, narrow(weight, weights_ptr.dtype.element_ty), inside)
 
 
+@triton.jit
+def _unit_and_g(rows_ptr, g_ptr, sums_ptr, offsets, c, mask, scale, undo, num_bias):
+    """Unit vectors and g with its constant part, of some rows and channels."""
+    unit = tl.load(rows_ptr + offsets + c[None, :], mask, 0).to(tl.float32) * scale[:, None]
+    everyone = tl.load(sums_ptr + c[None, :], mask, 0.0)
+    g = tl.load(g_ptr + offsets + c[None, :], mask, 0.0) * undo[:, None] - 2 * num_bias * everyone
+    return unit, g
+
+
 @triton.jit(do_not_specialize=["num_vectors", "grad_stride"])
 def pdcr_grad_kernel(
     g_ptr,  # (B, P, width), times the scale of the row
@@ -514,16 +523,12 @@ def pdcr_grad_kernel(
     scale = tl.load(scale_ptr + image * padded + n)  # [BLOCK_N]
     undo = row_scale * tl.where(scale > 0, 1 / tl.where(scale > 0, scale, 1.0), 0.0)
     offsets = (image * padded + n)[:, None] * width
+    sums_ptr += image * width
     along = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         mask = (c < channels)[None, :]
-        unit = tl.load(rows_ptr + offsets + c[None, :], mask, 0).to(tl.float32) * scale[:, None]
-        everyone = tl.load(sums_ptr + image * width + c, c < channels, 0.0)
-        g = (
-            tl.load(g_ptr + offsets + c[None, :], mask, 0.0) * undo[:, None]
-            - 2 * num_bias * everyone[None, :]
-        )
+        unit, g = _unit_and_g(rows_ptr, g_ptr, sums_ptr, offsets, c, mask, scale, undo, num_bias)
         along += tl.sum(g * unit, 1)
     size = tl.load(count_ptr + image).to(tl.float32)
     factor = (
@@ -539,12 +544,7 @@ def pdcr_grad_kernel(
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         mask = (c < channels)[None, :]
-        unit = tl.load(rows_ptr + offsets + c[None, :], mask, 0).to(tl.float32) * scale[:, None]
-        everyone = tl.load(sums_ptr + image * width + c, c < channels, 0.0)
-        g = (
-            tl.load(g_ptr + offsets + c[None, :], mask, 0.0) * undo[:, None]
-            - 2 * num_bias * everyone[None, :]
-        )
+        unit, g = _unit_and_g(rows_ptr, g_ptr, sums_ptr, offsets, c, mask, scale, undo, num_bias)
         g = (g - along[:, None] * unit) * factor * inverse[:, None]
         out_ptrs = out_ptr + (image * num_vectors + target)[:, None] * channels + c[None, :]
         tl.store(out_ptrs, narrow(g, out_ptr.dtype.element_ty), mask & inside[:, None])

@@ -104,14 +104,11 @@ def _foreground_ratio_cuda(
     border: str,
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
-    reason = _backend.unavailable("triton", labels.device)
-    if reason is None:
+    if _backend.has_triton("foreground_ratio runs in plain PyTorch", labels.device):
         from contrastseg_fast.kernels import foreground_ratio as kernels
 
         if kernels.can_count(labels, size):
             return kernels.foreground_ratio(labels, starts, size, num_classes, border, ignore_index)
-    else:
-        _backend.warn_once(f"foreground_ratio runs in plain PyTorch: {reason}")
     return _foreground_ratio(labels, starts, size, num_classes, border, ignore_index)
 
 

@@ -44,10 +44,11 @@ def _backward(grad: Tensor, position: Tensor, shape: Sequence[int], channels_las
     return flat.scatter_add_(2, index, grad.mT.to(dtype)).to(grad.dtype).view(*shape)
 
 
+_OTHERWISE = "gather_vectors runs in plain PyTorch"
+
+
 def _gather_cuda(features: Tensor, position: Tensor) -> Tensor:
-    reason = _backend.unavailable("triton", features.device)
-    if reason is not None:
-        _backend.warn_once(f"gather_vectors runs in plain PyTorch: {reason}")
+    if not _backend.has_triton(_OTHERWISE, features.device):
         return _gather(features, position)
     from contrastseg_fast.kernels import gather as kernels
 
@@ -55,7 +56,7 @@ def _gather_cuda(features: Tensor, position: Tensor) -> Tensor:
 
 
 def _backward_cuda(grad: Tensor, position: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    if _backend.unavailable("triton", grad.device) is not None:
+    if not _backend.has_triton(_OTHERWISE, grad.device):
         return _backward(grad, position, shape, channels_last)
     from contrastseg_fast.kernels import gather as kernels
 

@@ -131,9 +131,7 @@ def _backward(
 def _has_triton(vectors: Tensor) -> bool:
     if vectors.dtype == torch.float64 or vectors.numel() == 0 or len(vectors) >= _MOST_IMAGES:
         return False
-    if reason := _backend.unavailable("triton", vectors.device):
-        _backend.warn_once(f"pdcr_loss runs in plain PyTorch on {vectors.device}: {reason}")
-    return reason is None
+    return _backend.has_triton(f"pdcr_loss runs in plain PyTorch on {vectors.device}", vectors.device)
 
 
 def _forward_cuda(vectors: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,17 @@ LARGEST_FP32_ERROR = 1e-5
 _PAIRS_AT_ONCE = 1 << 25
 
 
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every other element of a larger tensor."""
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
 @contextmanager
 def any_order() -> Iterator[None]:
     """Let the oracle use operators that have no deterministic kernel."""

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast import functional
-from gpu.oracle import assert_gate_as_exact_as_plain, gate_results, normwise_error
+from gpu.oracle import (
+    assert_gate_as_exact_as_plain,
+    channels_last,
+    gate_results,
+    normwise_error,
+    strided,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
@@ -22,17 +28,6 @@ SHAPES = {
     "no location": (2, 3, 0, 4),
     "no image": (0, 3, 4, 4),
 }
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, every other element of a larger tensor."""
-    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-    wide[..., ::2] = x
-    return wide[..., ::2]
 
 
 LAYOUTS = {"contiguous": Tensor.contiguous, "channels_last": channels_last, "strided": strided}
