@@ -32,7 +32,7 @@ def positive_finite(name: str, value: Any) -> None:
     """Check a positive, finite Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail_type(name, "a number", type(value).__name__)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # NaN neither; torch.compile follows comparisons of a dynamic number
         fail(name, "a positive, finite number", value)
 
 
@@ -40,7 +40,7 @@ def not_negative(name: str, value: Any) -> None:
     """Check a finite Python number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail_type(name, "a number", type(value).__name__)
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         fail(name, "a finite number of at least 0", value)
 
 

@@ -189,4 +189,8 @@ def _grid_counts(spatial_shape: Sequence[int], num_samples: int | None) -> list[
         ]
         if not room:
             return counts
-        counts[max(room, key=lambda axis: spatial_shape[axis] / counts[axis])] += 1
+        widest = room[0]
+        for axis in room[1:]:  # torch.compile with dynamic shapes follows no max with a key
+            if spatial_shape[axis] * counts[widest] > spatial_shape[widest] * counts[axis]:
+                widest = axis
+        counts[widest] += 1

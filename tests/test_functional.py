@@ -575,6 +575,17 @@ def test_all_three_compile_into_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, (features, logits)), expected_grads)
 
 
+def test_numbers_may_be_dynamic_when_compiled() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def compiled(vectors: Tensor, ratios: Tensor, temperature: float) -> Tensor:
+        return pdcr_loss(vectors, ratios, temperature=temperature)
+
+    for count, temperature in ((7, 0.5), (12, 0.07), (9, 3.0)):
+        vectors, ratios = torch.randn(2, count, 6), torch.rand(2, count, 3) / 3
+        expected = pdcr_loss(vectors, ratios, temperature=temperature)
+        torch.testing.assert_close(compiled(vectors, ratios, temperature), expected)
+
+
 def test_autocast_leaves_the_sums_in_fp32() -> None:
     features, logits = torch.randn(2, 6, 8, 8), torch.randn(2, 3, 8, 8)
     labels, indices = blob_labels(2, (16, 16), 3), functional.sample_grid((8, 8), 16)

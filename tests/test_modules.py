@@ -205,6 +205,15 @@ def test_gradients_pull_a_network_towards_its_labels() -> None:
     assert cosine[~same].mean() < 0.0
 
 
+@pytest.mark.parametrize("options", [{}, {"patch_size": 5}, {"sampler": "raster"}], ids=str)
+def test_images_may_change_their_size_when_compiled(options: dict[str, Any]) -> None:
+    pdcr = PDCRLoss([STEM], num_classes=3, num_samples=40, **options)
+    compiled = torch.compile(pdcr, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width in ((24, 20), (32, 28), (16, 40)):
+        features, labels = torch.randn(2, 5, height // 2, width // 2), blob_labels(2, (height, width), 3)
+        torch.testing.assert_close(compiled([features], labels), pdcr([features], labels))
+
+
 def test_random_sampling_goes_on_after_copying_and_pickling() -> None:
     maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
     pdcr = PDCRLoss(FIELDS, 3, num_samples=9, sampler="random", generator=torch.Generator().manual_seed(1))
