@@ -215,7 +215,7 @@ def test_deterministic_bits():
 
 @pytest.mark.parametrize("count", [1 << 14, 1 << 17])
 def test_pair_weights_fit_fp16(count):
-    form = kernels._form(PAPER, 2, count)
+    form = kernels._form(PAPER, torch.empty(1, count, 8, dtype=torch.float16), 2)
     scale, undo = kernels._weight_scale(torch.float16, form, count)
     largest = count * form.factor * 2 + 2 * form.factor  # one pair has all of both rows' sums, at distance 1
     assert largest * scale < torch.finfo(torch.float16).max

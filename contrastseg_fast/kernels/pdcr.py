@@ -8,8 +8,9 @@ What is computed, with `u = v / |v|`, `x_ij = u_i . u_j - shift`, distances `d_i
            - 2 num_bias S
 
 where `S = sum_j u_j` stands for the constant part of the numerator's weights: no tile has to form it. In the
-paper's form t and the bracket vanish where d = 0, so tiles of equal ratios are left out, exactly. In other
-forms the last term goes into the bracket, which it nearly cancels.
+paper's form t and the bracket vanish where d = 0, so tiles of equal ratios are left out, exactly. Where none
+can be, most of the last term goes into the bracket, and in other forms all of it, which it nearly cancels:
+the bracket is rounded to 16 bits, and so should be small.
 
 16-bit vectors of up to 256 channels go through fused kernels (tensor cores, epilogue in registers). All
 others go through panels: cuBLAS writes some rows of similarities, a kernel turns them into powers or pair
@@ -99,6 +100,7 @@ class _Form(NamedTuple):
 
     categorical: bool
     plain: bool  # t = x d log2(e) / tau, with that factor in the ratios
+    skips: bool  # whether vectors are sorted, so that tiles of equal ratios can be left out
     stable: bool  # whether sums of powers could leave the range of fp32
     phi_scale: float
     bias: float
@@ -107,7 +109,7 @@ class _Form(NamedTuple):
     unequal: float  # distance of different categories
     pull: float
     offset: float  # of the pair weights
-    apart: float  # num_bias where it stays out of the pair weights
+    apart: float  # the part of num_bias that stays out of the pair weights
     factor: float  # log2(e) / tau
     attraction_scale: float
 
@@ -117,19 +119,23 @@ class _Form(NamedTuple):
         return self.bias, self.slope, self.shift, self.unequal, self.pull, self.offset
 
 
-def _form(options: tuple[Any, ...], num_classes: int, num_vectors: int) -> _Form:
+def _form(options: tuple[Any, ...], vectors: Tensor, num_classes: int) -> _Form:
+    num_vectors = vectors.shape[1]
     temperature, distance_scale, categorical, num_bias, num_slope, den_bias, den_slope, shift = options
     farthest = 1.0 if categorical else distance_scale * num_classes
     weight = max(abs(den_bias), abs(den_bias + den_slope * farthest))
     largest = weight * (1 + abs(shift)) / temperature + math.log(max(num_vectors, 1))
     plain = den_bias == 0 and den_slope == 1 and shift == 0
-    # Weights are rounded to 16 bits, so they should be small: most ratios are alike, most categories are not.
-    apart = plain and not categorical
+    skips = plain and not categorical and fused(vectors) and num_vectors >= SORT_FROM
+    apart = 0.0  # of the constant part; most categories are unlike, and leave nothing of it in their weights
+    if plain and not categorical:
+        apart = num_bias if skips else num_bias / 4  # by trial: weights small, and clustered sums too
     factor = LOG2_E / temperature
     scale = factor if plain else 1.0
     return _Form(
         categorical=categorical,
         plain=plain,
+        skips=skips,
         stable=not largest <= _LARGEST_EXPONENT,
         phi_scale=1.0 if categorical else distance_scale * scale,
         bias=den_bias * factor,
@@ -137,8 +143,8 @@ def _form(options: tuple[Any, ...], num_classes: int, num_vectors: int) -> _Form
         shift=shift,
         unequal=scale,
         pull=-2 * num_slope * (1.0 if plain else factor),
-        offset=0.0 if apart else -2 * num_bias * factor,
-        apart=num_bias if apart else 0.0,
+        offset=-2 * (num_bias - apart) * factor,
+        apart=apart,
         factor=factor,
         attraction_scale=num_slope / scale,
     )
@@ -165,10 +171,6 @@ class _Prepared(NamedTuple):
 def fused(vectors: Tensor) -> bool:
     """Whether the fused kernels take these vectors; else the panels do."""
     return vectors.dtype in (torch.float16, torch.bfloat16) and vectors.shape[2] <= _WIDEST_FUSED
-
-
-def _sorted(vectors: Tensor, form: _Form) -> bool:
-    return form.plain and form.offset == 0 and fused(vectors) and vectors.shape[1] >= SORT_FROM
 
 
 def _order(ratios: Tensor, valid: Tensor | None) -> Tensor:
@@ -203,7 +205,7 @@ def _prepare(
     width = max(16, triton.next_power_of_2(channels)) if fused(vectors) else 8 * triton.cdiv(channels, 8)
     num_classes = ratios.shape[-1]
     new = vectors.new_empty
-    order = _order(ratios, valid) if _sorted(vectors, form) else None
+    order = _order(ratios, valid) if form.skips else None
     if valid is None:
         count = torch.full((batch,), num_vectors, dtype=torch.int64, device=vectors.device)
     else:
@@ -365,7 +367,7 @@ def forward(vectors: Tensor, ratios: Tensor, valid: Tensor | None, *options: Any
     """The kernel of the operator `pdcr_forward` (ops/pdcr.py); there is at least one number in `vectors`."""
     temperature, _, _, num_bias, *_ = options
     batch, num_vectors, _ = vectors.shape
-    form = _form(options, ratios.shape[-1], num_vectors)
+    form = _form(options, vectors, ratios.shape[-1])
     symmetric = not (form.stable or torch.are_deterministic_algorithms_enabled())
     loss = vectors.new_empty(batch, dtype=torch.float32)
     log_z = vectors.new_empty(batch, num_vectors, dtype=torch.float32)
@@ -478,7 +480,7 @@ def backward(
     """The kernel of the operator `pdcr_backward` (ops/pdcr.py), likewise."""
     temperature, *_ = options
     batch, num_vectors, channels = vectors.shape
-    form = _form(options, ratios.shape[-1], num_vectors)
+    form = _form(options, vectors, ratios.shape[-1])
     weight_scale, row_scale = _weight_scale(vectors.dtype, form, num_vectors)
     out = vectors.new_empty(vectors.shape)
     with on(vectors), torch.autocast(vectors.device.type, enabled=False):
