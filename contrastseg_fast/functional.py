@@ -550,7 +550,9 @@ def _check_label_range(labels: Tensor, soft: bool, num_classes: int, ignore_inde
         wrong &= values != ignore_index
     expected = "values from 0 to 1" if soft else f"integers from 0 to {highest}"
     besides = "" if ignore_index is None else f", or ignore_index={ignore_index}"
-    _checks.fail("labels", expected + besides, f"{values[wrong][0].item():g}")
+    hint = "; ignore_index leaves a label out" if ignore_index is None else ""
+    got = f"{values[wrong][0].item():g} (num_classes={num_classes}{hint})"
+    _checks.fail("labels", expected + besides, got)
 
 
 def _check_gate(features: Tensor, logits: Tensor) -> None:

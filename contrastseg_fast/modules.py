@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -293,6 +293,46 @@ class PDCRLoss(nn.Module):
             >>> pdcr.loss(samples, torch.zeros(1, 6, 6, dtype=torch.long))
             tensor(-0.6137)
         """
+        losses = []
+        for vectors, contents in self._sets(samples, labels, mask):
+            losses.append(torch.stack([self._set_loss(vectors, held) for held in contents]).mean(0))
+        stacked = torch.stack(losses, -1)
+        return stacked if self.reduction == "none" else stacked.mean()
+
+    def repelled_fraction(
+        self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """The share of pairs that `loss` drives apart; where it is near 0, all vectors end up alike.
+
+        Args:
+            samples, labels, mask: as for `loss`.
+
+        Returns:
+            the fractions `(B, layers)`, fp32, of the same sets of vectors as `loss` with
+            `reduction="none"`, and means over several sizes of boxes. No gradient.
+
+        Raises:
+            TypeError, ValueError: there is no sample, or the labels or the mask do not fit.
+
+        Example:
+            >>> pdcr = PDCRLoss([ReceptiveField((3, 3), (1, 1), (-1, -1))], num_classes=2, num_samples=4)
+            >>> samples = [pdcr.sample(torch.ones(1, 8, 6, 6), 0)]
+            >>> pdcr.repelled_fraction(samples, torch.zeros(1, 6, 6, dtype=torch.long))
+            tensor([[0.]])
+        """
+        fractions = []
+        for vectors, contents in self._sets(samples, labels, mask):
+            fraction = [
+                functional.repelled_fraction(vectors, held.ratios, **self._pair_options(held))
+                for held in contents
+            ]
+            fractions.append(torch.stack(fraction).mean(0))
+        return torch.stack(fractions, -1)
+
+    def _sets(
+        self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, list[BoxContents]]]:
+        """The vectors `(B, N, C)` that make pairs with each other, and what their boxes of each size hold."""
         by_layer = {sample.layer: sample for sample in samples}
         if not by_layer:
             _checks.fail("samples", "at least one layer's samples", "none")
@@ -308,17 +348,13 @@ class PDCRLoss(nn.Module):
             for layer, sample in by_layer.items():
                 contents[-1][layer] = self._count(boxes[layer], sample, labels, ignore_index, validate)
                 validate = False
-        set_losses = []
         for layers in vector_sets:
             _check_channels(layers, [vectors[layer] for layer in layers])
-            set_vectors = self._merge([vectors[layer] for layer in layers])
-            size_losses = []
+            merged = []
             for held in contents:
                 parts = zip(*(held[layer] for layer in layers), strict=True)
-                size_losses.append(self._set_loss(set_vectors, BoxContents(*map(self._merge, parts))))
-            set_losses.append(torch.stack(size_losses).mean(0))
-        losses = torch.stack(set_losses, -1)
-        return losses if self.reduction == "none" else losses.mean()
+                merged.append(BoxContents(*map(self._merge, parts)))
+            yield self._merge([vectors[layer] for layer in layers]), merged
 
     def project(self, vectors: Tensor, layer: Layer) -> Tensor:
         """The vectors `(B, N, C)` of a layer behind its head, if there is one, in the head's dtype."""
@@ -357,24 +393,26 @@ class PDCRLoss(nn.Module):
         return merged.flatten(0, 1)[None] if self.pairs == "batch" else merged
 
     def _set_loss(self, vectors: Tensor, contents: BoxContents) -> Tensor:
-        ratios, valid, inside = contents
+        options = self._pair_options(contents)
+        return functional.pdcr_loss(vectors, contents.ratios, reduction=self.reduction, **options)
+
+    def _pair_options(self, contents: BoxContents) -> dict[str, Any]:
+        """How pairs are scored, and which vectors make any."""
+        _, valid, inside = contents
         if self.skip_homogeneous and valid.shape[1] > 0:
             # Inside the image: elsewhere a box at its rim may differ from one in its middle by the rim alone.
             least = inside.masked_fill(~valid[..., None], math.inf).amin(1)
             most = inside.masked_fill(~valid[..., None], -math.inf).amax(1)
             valid = valid & (least < most).any(-1, keepdim=True)
-        return functional.pdcr_loss(
-            vectors,
-            ratios,
-            temperature=self.temperature,
-            affinity=self.affinity,
-            class_distance=self.class_distance,
-            include_background=self.include_background and self.num_classes > 1,
-            valid=valid,
-            variant=self.variant,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        return {
+            "temperature": self.temperature,
+            "affinity": self.affinity,
+            "class_distance": self.class_distance,
+            "include_background": self.include_background and self.num_classes > 1,
+            "valid": valid,
+            "variant": self.variant,
+            "backend": self.backend,
+        }
 
     def _prepare_labels(
         self, labels: Tensor, mask: Tensor | None, samples: Sequence[LayerSamples]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ from contrastseg_fast.receptive_field import LayerRun, ReceptiveField, trace_lay
 _AUTO_STRIDES = (2, 4, 8)
 _LEAST_AUTO_SIZE = 5  # pixels
 _GATES = "uafs"  # the attribute that holds the gates
+_HALF_MADE = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def attach_pdcr(
@@ -45,9 +48,10 @@ def attach_pdcr(
         model: a module, called as a whole in training. Wrap it (in DistributedDataParallel) and compile it
             afterwards. DataParallel is refused: its replicas would collect over each other.
         layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
-            output (or its first tensor) is a feature map `(B, C, *spatial)`; or `"auto"`: for each of the
-            strides 2, 4 and 8 the last of the outermost encoder layers whose receptive field has at least 5
-            pixels and at most half of the image.
+            output (or its first tensor) is a feature map `(B, C, *spatial)`. Of the layers that a pattern
+            matches, those inside others of them do not count. Or `"auto"`: for each of the strides 2, 4 and 8
+            the last of the outermost encoder layers whose receptive field has at least 5 pixels and at most
+            half of the image. `print(pdcr)` shows the choice.
         num_classes: number of classes, as for `PDCRLoss`.
         example_input: an input `(B, C, *spatial)` as in training; only its shape and dtype count.
         receptive_fields: fields by layer to use instead of finding them, where the field found is infinite or
@@ -63,6 +67,10 @@ def attach_pdcr(
         TypeError, ValueError: an argument does not fit, there is no such layer, or the receptive field of one
             is infinite.
 
+    Warns:
+        UserWarning: boxes that cover more than half of the image along every axis, whose ratios are nearly
+            alike.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
         >>> x, y = torch.randn(2, 1, 32, 32), torch.randint(2, (2, 32, 32))
@@ -77,7 +85,7 @@ def attach_pdcr(
         runs = {run.name: run for run in _auto_layers(model, _required(example_input))}
         names = list(dict.fromkeys([*fields, *runs]))
     else:
-        names = _find_layers(model, layers)
+        names = find_layers(model, layers)
         if unknown := set(fields) - set(names):
             _checks.fail("receptive_fields", f"some of the layers {names}", sorted(unknown))
         wants_channels = options.get("projection") is not None and options.get("in_channels") is None
@@ -89,6 +97,8 @@ def attach_pdcr(
     loss = PDCRLoss({name: fields[name] for name in names}, num_classes, **options)
     if runs:
         loss = loss.to(next(iter(runs.values())).device)
+    if example_input is not None and loss.affinity == "ratio":
+        _warn_of_large_boxes(loss, tuple(example_input.shape[2:]))
     return AttachedPDCR(model, loss)
 
 
@@ -130,16 +140,26 @@ class AttachedPDCR:
         """
         if not (self._model.training and torch.is_grad_enabled()):
             return torch.zeros((), device=finest(labels).device)
-        missing = [name for name in self._layers if name not in self._samples]
-        if missing:
-            raise RuntimeError(
-                "pdcr: expected a forward pass of the model in training mode before each call, got none "
-                f"with gradients through the layers {missing}; passes that are paused, in eval mode or under "
-                "no_grad do not count, nor do layers inside a reentrant checkpoint (use use_reentrant=False)"
-            )
-        loss = self.loss.loss([self._samples[name] for name in self._layers], labels, mask)
+        loss = self.loss.loss(self._collected(), labels, mask)
         self._samples.clear()
         return loss
+
+    def repelled_fraction(self, labels: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The share of pairs that the loss of the last forward pass drives apart; near 0, vectors collapse.
+
+        To be called before the regularizer itself, which takes what was collected.
+
+        Args:
+            labels, mask: as for `PDCRLoss`.
+
+        Returns:
+            the fractions `(B, layers)`, fp32, without gradient, as `PDCRLoss.repelled_fraction`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit.
+            RuntimeError: nothing was collected since the last call, as in eval mode.
+        """
+        return self.loss.repelled_fraction(self._collected(), labels, mask)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,6 +180,16 @@ class AttachedPDCR:
         _refuse_replicas(module)
         if not (self._paused or _is_rehearsal(inputs)):
             self._samples.clear()
+
+    def _collected(self) -> list[LayerSamples]:
+        missing = [name for name in self._layers if name not in self._samples]
+        if missing:
+            raise RuntimeError(
+                "pdcr: expected a forward pass of the model in training mode before each call, got none "
+                f"with gradients through the layers {missing}; passes that are paused, in eval mode or under "
+                "no_grad do not count, nor do layers inside a reentrant checkpoint (use use_reentrant=False)"
+            )
+        return [self._samples[name] for name in self._layers]
 
     def _collect(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
         training = self._model.training and torch.is_grad_enabled()
@@ -198,10 +228,11 @@ def insert_uafs(
     Args:
         model: a module. Wrap it (in DistributedDataParallel) and compile it afterwards.
         layers: names as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`, of layers whose
-            output (or its first tensor, which alone is gated) is a feature map `(B, C, *spatial)`; or
-            `"auto"`: behind every encoder and decoder stage, which is the outermost layer that ends each
-            resolution on the way down and again on the way up, layers with as many channels as the output
-            apart.
+            output (or its first tensor, which alone is gated) is a feature map `(B, C, *spatial)`. Of the
+            layers that a pattern matches, those inside others of them do not count. Or `"auto"`: behind
+            every encoder and decoder stage, which is the outermost layer that ends each resolution on the way
+            down and again on the way up, layers with as many channels as the output apart.
+            `list(model.uafs)` shows the choice.
         num_classes: classes that the gates predict, at least 2.
         example_input: an input `(B, C, *spatial)` of the model; only its shape and dtype count.
         options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
@@ -210,7 +241,11 @@ def insert_uafs(
         the model.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, there is no such layer, or it has a gate already.
+        TypeError, ValueError: an argument does not fit, there is no such layer, or it has a gate already;
+            with `"auto"`, any layer has.
+
+    Warns:
+        UserWarning: PDCR is attached already, with the receptive fields of a model without these gates.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -220,12 +255,20 @@ def insert_uafs(
     """
     _check_model(model)
     example = _required(example_input)
-    names = _auto_stages(model, example) if layers == "auto" else _find_layers(model, layers)
     gates = getattr(model, _GATES, None)
     if gates is not None and not isinstance(gates, _Gates):
         _checks.fail(
             "model", f"no attribute {_GATES!r}, the name of the gates' submodule", type(gates).__name__
         )
+    if layers == "auto" and gates is not None:
+        _checks.fail("layers", "names, as the model has gates already (remove_uafs takes them out)", "'auto'")
+    if any(isinstance(getattr(hook, "__self__", None), AttachedPDCR) for hook in _pre_hooks(model)):
+        warnings.warn(
+            "contrastseg_fast: gates inserted after PDCR was attached widen receptive fields that it goes on "
+            "taking as they were; insert gates first, then attach PDCR",
+            stacklevel=2,
+        )
+    names = _auto_stages(model, example) if layers == "auto" else find_layers(model, layers)
     made: dict[str, UAFS] = {}
     for name, run in _trace(model, example, names).items():
         if name == "" or (gates is not None and submodule_name(name) in gates):
@@ -329,14 +372,24 @@ def _trace(model: nn.Module, example: Tensor, names: Sequence[str] | None) -> di
     return trace_layers(model, example.shape, names, dtype=example.dtype)
 
 
-def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
-    """The layers that names and patterns stand for, in the order given, each once."""
+def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
+    """The layers that names and patterns stand for, in the order given, each once.
+
+    Of the layers that a pattern matches the outermost count, and gates never do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), nn.Conv2d(8, 2, 1))
+        >>> find_layers(model, ["1", "*"])
+        ['1', '0']
+    """
     known = dict(model.named_modules(remove_duplicate=False))
     found: dict[nn.Module, str] = {}
+    if not isinstance(layers, (str, Sequence)):
+        _checks.fail_type("layers", "names of layers", type(layers).__name__)
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
             _checks.fail_type("layers", "names of layers", type(wanted).__name__)
-        matches = [wanted] if wanted in known else fnmatch.filter(known, wanted)
+        matches = [wanted] if wanted in known else _outermost_matches(model, known, wanted)
         if not matches:
             raise ValueError(unknown_layer(wanted, known))
         for name in matches:
@@ -344,6 +397,26 @@ def _find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
     if not found:
         _checks.fail("layers", "at least one layer", layers)
     return list(found.values())
+
+
+def _outermost_matches(model: nn.Module, names: Iterable[str], pattern: str) -> list[str]:
+    matches = set(fnmatch.filter(names, pattern)) - {""}
+    in_gates = _names_in_gates(model)
+    around = {name: itertools.accumulate(name.split("."), "{}.{}".format) for name in matches}
+    return [
+        name
+        for name in names
+        if name in matches and name not in in_gates and not matches & ({*around[name]} - {name})
+    ]
+
+
+def _names_in_gates(model: nn.Module) -> set[str]:
+    """The names of gates and of what they are made of."""
+    inside: set[str] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _Gates):
+            inside.update(name for name, _ in module.named_modules(prefix=prefix, remove_duplicate=False))
+    return inside
 
 
 def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
@@ -377,12 +450,18 @@ def _auto_stages(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def _last_outermost(model: nn.Module, runs: Sequence[tuple[int, LayerRun]]) -> list[LayerRun]:
-    """For each stride the layer inside fewest others, and of several the one that runs last."""
-    chosen: dict[int, LayerRun] = {}
+    """For each stride the layer inside fewest others, and of several the one that runs last.
+
+    Half-made features are taken only where there are no others: skip connections, which join what has not
+    been mixed yet, and convolutions and normalisations without the activation behind them.
+    """
+    chosen: dict[int, tuple[bool, int, LayerRun]] = {}
     for stride, run in runs:
-        if stride not in chosen or _depth(model, run.name) <= _depth(model, chosen[stride].name):
-            chosen[stride] = run
-    return list(chosen.values())
+        half_made = run.is_join or isinstance(model.get_submodule(run.name), _HALF_MADE)
+        rank = (half_made, _depth(model, run.name))
+        if stride not in chosen or rank <= chosen[stride][:2]:
+            chosen[stride] = (*rank, run)
+    return [run for _, _, run in chosen.values()]
 
 
 def _depth(model: nn.Module, name: str) -> int:
@@ -399,10 +478,13 @@ def _encoder_and_decoder(model: nn.Module, example: Tensor) -> tuple[list[LayerR
     deepest layers on, those with as many channels as the model's output count as outputs and are left out.
     """
     runs = _trace(model, example, None)
+    in_gates = _names_in_gates(model)
     makers: dict[tuple[int, int], LayerRun] = {}
     for run in runs.values():
         key = (id(run.output), run.version)
         maker = makers.get(key)
+        if run.name in in_gates:  # the gated layer passes on what its gate made
+            continue
         if run.name and run.is_single and (maker is None or maker.name.startswith(f"{run.name}.")):
             makers[key] = run
     maps = [run for run in makers.values() if run.times == 1 and _is_map(run, example)]
@@ -433,6 +515,26 @@ def _scale(run: LayerRun, example: Tensor) -> int:
     """How much smaller a map is than the image along its most reduced axis, in halvings."""
     ratios = (extent / small for extent, small in zip(example.shape[2:], run.shape[2:], strict=True))
     return round(math.log2(max(ratios)))
+
+
+def _warn_of_large_boxes(loss: PDCRLoss, extents: tuple[int, ...]) -> None:
+    """Warn of boxes that cover more than half of the image along every axis."""
+    large = {
+        layer: tuple(box.size)
+        for boxes in loss.boxes_by_size
+        for layer, box in boxes.items()
+        if all(size > extent / 2 for size, extent in zip(box.size, extents, strict=True))
+    }
+    if large:
+        warnings.warn(
+            f"contrastseg_fast: boxes of more than half of the {extents} pixels of an image hold nearly the "
+            f"same mixtures, so that PDCR hardly repels: {large}; give these layers a patch_size",
+            stacklevel=3,
+        )
+
+
+def _pre_hooks(model: nn.Module) -> list[Any]:
+    return list(model._forward_pre_hooks.values())
 
 
 def _first_tensor(name: str, output: object) -> Tensor:

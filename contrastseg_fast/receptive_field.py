@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 import math
 import random
 import sys
@@ -245,6 +246,7 @@ class LayerRun:
 
     Attributes:
         output: the first tensor of the output, `is_single` if that is all of it; `version` as it was then.
+        is_join: whether the output is two tensors one after the other, as at a skip connection.
         times: how often the layer ran.
     """
 
@@ -253,6 +255,7 @@ class LayerRun:
     version: int
     field: Field
     is_single: bool
+    is_join: bool
     times: int
 
     @property
@@ -324,7 +327,9 @@ def trace_layers(
             before = runs.pop(name, None)
             times = before.times + 1 if before else 1
             version = 0 if first.is_inference() else first._version
-            runs[name] = LayerRun(name, first, version, tracker.field_of(first), first is output, times)
+            is_join = tracker.is_join(first, version)
+            field = tracker.field_of(first)
+            runs[name] = LayerRun(name, first, version, field, first is output, is_join, times)
 
     with _left_as_it_was(model), torch.inference_mode(False), torch.no_grad(), CircularPaddingAsZeros():
         for module in model.modules():
@@ -335,12 +340,17 @@ def trace_layers(
             image = torch.empty(tuple(input_shape), dtype=dtype or like.dtype, device=like.device)
             tracker.see_image(image)
             try:
-                with tracker:
+                with tracker, _silenced("torch._subclasses.fake_tensor"):
                     model(image)
             except _READS_VALUES as error:
                 raise RuntimeError(
                     "model: expected one that does not read values of tensors, to branch on them for "
                     f"instance, got {error}; give the ReceptiveField of its layers by hand"
+                ) from error
+            except (RuntimeError, ValueError) as error:
+                raise RuntimeError(
+                    f"model: expected one that takes inputs of shape {tuple(input_shape)}, as example_input "
+                    f"or input_shape says, got {type(error).__name__}: {error}"
                 ) from error
     for name in names or ():
         if name not in runs:
@@ -398,6 +408,17 @@ def _as_map(field: Field) -> Field:
         if field.axes_of(2 + axis) == {axis}:
             field = field.plain(2 + axis)
     return field
+
+
+@contextmanager
+def _silenced(logger: str) -> Iterator[None]:
+    """Keep a logger from telling of an error that is raised anyway."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
 
 
 @contextmanager

@@ -18,7 +18,9 @@ def main() -> None:
     example = torch.zeros(1, 1, args.size, args.size, device=args.device)
 
     insert_uafs(net, "auto", NUM_CLASSES, example_input=example)
-    pdcr = attach_pdcr(net, ["down_1", "down_2"], NUM_CLASSES, example_input=example, class_distance="tv")
+    pdcr = attach_pdcr(
+        net, ["down_1", "down_2"], NUM_CLASSES, example_input=example, class_distance="tv", patch_size=9
+    )
     loss_function = RegularizedLoss(DiceCELoss(to_onehot_y=True, softmax=True), pdcr, args.weight)
 
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)  # after insert_uafs: the gates train too

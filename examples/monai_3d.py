@@ -36,8 +36,10 @@ def main() -> None:
 
     net = SegResNet(spatial_dims=3, init_filters=8, in_channels=1, out_channels=NUM_CLASSES).to(args.device)
     example = torch.zeros(1, 1, side, side, side, device=args.device)
-    insert_uafs(net, "down_layers.*", NUM_CLASSES, example_input=example)
-    pdcr = attach_pdcr(net, "down_layers.1", NUM_CLASSES, example_input=example, class_distance="tv")
+    insert_uafs(net, "down_layers.*", NUM_CLASSES, example_input=example)  # the encoder's four stages
+    pdcr = attach_pdcr(
+        net, "down_layers.1", NUM_CLASSES, example_input=example, class_distance="tv", patch_size=7
+    )  # what this layer sees of so small a volume is most of it
     loss_function = RegularizedLoss(DiceCELoss(to_onehot_y=True, softmax=True), pdcr, args.weight)
 
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)

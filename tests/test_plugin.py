@@ -6,7 +6,9 @@ import copy
 import doctest
 import gc
 import io
+import logging
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, plugin, receptive_fields
+from contrastseg_fast.functional import foreground_ratio, repelled_fraction
 from contrastseg_fast.plugin import remove_uafs
 
 X = (2, 1, 24, 32)
@@ -419,7 +422,10 @@ def test_compiled_models_and_things_that_are_no_models_are_refused() -> None:
 def test_layers_by_pattern() -> None:
     model, (x, _) = Net(), batch()
     fields = attach_pdcr(model, ["d*", "down", "stem"], 3, example_input=x).loss.receptive_fields
-    assert list(fields) == ["down", "down.0", "down.1", "deep", "stem"]
+    assert list(fields) == ["down", "deep", "stem"]  # what lies inside a match does not count
+    assert plugin.find_layers(model, "down.*") == ["down.0", "down.1"]
+    insert_uafs(model, "down", 2, example_input=x)
+    assert plugin.find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
     shared = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
     shared.add_module("again", shared[0])
     assert list(attach_pdcr(shared, ["again", "0"], 2, example_input=x).loss.receptive_fields) == ["again"]
@@ -432,8 +438,20 @@ def test_layers_chosen_by_stride() -> None:
     fields = attach_pdcr(unet, "auto", 2, example_input=x).loss.receptive_fields
     assert {name: field.stride[0] for name, field in fields.items()} == {
         "model.1.submodule.0": 4,
-        "model.1.submodule.1.submodule.1": 8,
+        "model.1.submodule.1.submodule.0": 8,  # not the skip connection around the deepest stage
     }
+    insert_uafs(unet, "auto", 2, example_input=x)
+    gated = attach_pdcr(unet, "auto", 2, example_input=x).loss.receptive_fields
+    assert list(gated) == [
+        "model.0",
+        "model.1.submodule.0",
+        "model.1.submodule.1.submodule.0",
+    ]  # no gates' names
+    crop = torch.zeros(1, 1, 32, 32, 32)
+    residual = nets.UNet(3, 1, 2, (4, 8, 8, 8), (2, 2, 2), num_res_units=2)
+    fields = attach_pdcr(residual, "auto", 2, example_input=crop).loss.receptive_fields
+    # Of the second stage, whose own field is too large, a whole unit and not the shortcut's bare convolution.
+    assert list(fields) == ["model.0", "model.1.submodule.0.conv.unit0"]
     basic = nets.BasicUNet(3, 1, 2, features=(2,) * 6)
     fields = attach_pdcr(basic, "auto", 2, example_input=torch.zeros(1, 1, 64, 64, 64)).loss.receptive_fields
     assert {name: field.size[0] for name, field in fields.items()} == {"down_1": 14, "down_2": 32}
@@ -463,7 +481,7 @@ def test_stages_chosen_for_gates() -> None:
         (
             nets.UNet(2, 1, 3, (4, 8, 8), (2, 2), num_res_units=2),
             x,
-            ["model.0", "model.1.submodule.1", "model.1"],
+            ["model.0", "model.1.submodule.0", "model.1.submodule"],  # no skip connections
         ),
     ]
     for model, example, names in stages:
@@ -489,6 +507,64 @@ class Shared(nn.Module):
         first, _ = self.both(x)
         x = self.down(self.relu(self.stem(x)) + first)
         return self.relu(self.head(x + self.pool(x)))
+
+
+def test_gates_are_not_gated() -> None:
+    model, x = insert_uafs(Net(), "auto", 2, example_input=torch.zeros(X)), torch.zeros(X)
+    with pytest.raises(ValueError, match=r"layers: expected names, as the model has gates.*got 'auto'"):
+        insert_uafs(model, "auto", 2, example_input=x)
+    before = list(model.uafs)
+    insert_uafs(model, "head", 2, example_input=x)
+    assert list(model.uafs) == [*before, "head"]
+
+
+def test_what_makes_pdcr_useless_is_warned_of() -> None:
+    model, x = Net(), torch.zeros(X)
+    half = {"deep": ReceptiveField((12, 16), (4, 4), (-4, -6))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_pdcr(model, ["stem", "down"], 2, example_input=x)
+        attach_pdcr(model, "deep", 2, example_input=x, receptive_fields=half)
+        attach_pdcr(model, "deep", 2, example_input=x, patch_size=(24, 16))
+        attach_pdcr(model, "deep", 2, example_input=x, patch_size=24, affinity="bipartite")
+    with pytest.warns(
+        UserWarning, match=r"more than half of the \(24, 32\).*\{'deep': \(13, 17\)\}.*patch_size"
+    ):
+        attach_pdcr(model, ["stem", "deep"], 2, example_input=x, patch_size={"deep": (13, 17)})
+    with pytest.warns(UserWarning, match="insert gates first, then attach PDCR"):
+        insert_uafs(model, "stem", 2, example_input=x)
+
+
+def test_an_example_that_the_model_refuses_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    for function in (attach_pdcr, insert_uafs):
+        with pytest.raises(RuntimeError, match=r"inputs of shape \(2, 3, 24, 32\), as example_input.*got "):
+            function(Net(), "down", 2, example_input=torch.zeros(2, 3, 24, 32))
+    assert not caplog.records
+    assert logging.getLogger("torch._subclasses.fake_tensor").isEnabledFor(logging.ERROR)
+
+
+def test_the_repelled_fraction_is_that_of_the_next_loss() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["stem", "down"], 3, example_input=x, num_samples=40, class_distance="tv")
+    model(x)
+    fractions = pdcr.repelled_fraction(y)
+    samples = [
+        pdcr.loss.sample(f, name) for name, f in zip(["stem", "down"], stem_and_down(model, x), strict=True)
+    ]
+    for k, sample in enumerate(samples):
+        box = pdcr.loss.boxes[sample.layer]
+        ratios, _ = foreground_ratio(y, box.starts(sample.indices), [int(n) for n in box.size], 3)
+        expected = repelled_fraction(sample.vectors, ratios, class_distance="tv")
+        torch.testing.assert_close(fractions[:, k], expected)
+    assert 0 < fractions.min() < fractions.max() < 1
+    assert pdcr(y).requires_grad
+    with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
+        pdcr.repelled_fraction(y)
+
+
+def stem_and_down(model: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    stem = model.stem(x)
+    return stem, model.down(stem.relu())
 
 
 def test_layers_not_chosen() -> None:
@@ -590,6 +666,7 @@ def test_the_first_tensor_of_an_output_counts(wrap: Any, unwrap: Any) -> None:
     pdcr = attach_pdcr(model, "block", 3, example_input=x)
     model(x)
     assert pdcr(y).requires_grad
+    pdcr.remove()
     insert_uafs(model, "block", 2, example_input=x)
     torch.testing.assert_close(model(x), model.uafs["block"](plain))
 
@@ -691,8 +768,10 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> Non
 def test_arguments_of_other_types() -> None:
     with pytest.raises(TypeError, match=r"example_input: expected a tensor .* got NoneType"):
         attach_pdcr(Net(), "down", 2)
-    with pytest.raises(TypeError, match="layers: expected names of layers, got int"):
-        insert_uafs(Net(), [1], 2, example_input=torch.zeros(X))
+    for layers, got in (([1], "int"), (Net().down, "Sequential"), (None, "NoneType")):
+        for function in (attach_pdcr, insert_uafs):
+            with pytest.raises(TypeError, match=f"layers: expected names of layers, got {got}"):
+                function(Net(), layers, 2, example_input=torch.zeros(X))
     with pytest.raises(TypeError, match="temperature"):
         attach_pdcr(Net(), "down", 2, example_input=torch.zeros(X), temperature="hot")
 

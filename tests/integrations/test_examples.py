@@ -20,6 +20,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.filterwarnings("error:contrastseg_fast")  # an example shows what to do
 @pytest.mark.parametrize("example", NEEDS)
 def test_examples_run(example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip(NEEDS[example], reason=f"needs {NEEDS[example]}")

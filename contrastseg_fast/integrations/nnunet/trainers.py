@@ -10,10 +10,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
-from contrastseg_fast import ReceptiveField, _checks, attach_pdcr, insert_uafs
+from contrastseg_fast import ReceptiveField, _checks, attach_pdcr, insert_uafs, receptive_fields
 from contrastseg_fast.functional import warmup_weight
 from contrastseg_fast.modules import finest
-from contrastseg_fast.plugin import AttachedPDCR
+from contrastseg_fast.plugin import AttachedPDCR, find_layers
 
 _AUTO_STRIDES = (2, 4, 8)
 
@@ -143,12 +143,10 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
             )
         automatic = self.pdcr_layers == "auto"
         layers = _stages(network, "pdcr_layers", "encoder") if automatic else self.pdcr_layers
-        example = torch.empty(1, num_input_channels, *patch)
-        traced = attach_pdcr(network, layers, num_output_channels, example_input=example, **options)
-        traced.remove()
+        traced = receptive_fields(network, (1, num_input_channels, *patch), find_layers(network, layers))
         fields = {
-            str(name): field
-            for name, field in traced.loss.receptive_fields.items()
+            name: field
+            for name, field in traced.items()
             if not automatic or max(field.stride) in _AUTO_STRIDES
         }
         if not {"patch_size", "patch_sizes"} & set(options):
