@@ -83,7 +83,9 @@ def main() -> int:
         name = "partial.json"  # never in place of a whole record
     limit = _memory_limit(device) if args.memory_limit is None else args.memory_limit * 1e9
     settings = replace(Settings(), rounds=args.rounds, memory_limit=limit)
-    if args.quick or args.part:
+    if args.networks:
+        settings = replace(settings, seconds=60.0)
+    elif args.quick or args.part:
         settings = replace(settings, seconds=0.02 if args.trial else 2.0)
     session = Session(cases, args.only, settings, args.out or record.RESULTS / name, device)
     if not session.cases:

@@ -76,7 +76,7 @@ class Operation:
 class Case:
     """An operation at one size. With `rounds` it runs exactly so often, without a first call to warm up.
 
-    With `graph`, on CUDA, replays of a captured graph are timed.
+    With `graph`, on CUDA, replays of a captured graph are timed. Without `weighed` no memory is measured.
     """
 
     operation: Operation
@@ -85,6 +85,7 @@ class Case:
     rounds: int | None = None
     without: tuple[str, ...] = ()
     graph: bool = False
+    weighed: bool = True
 
     @property
     def id(self) -> str:

@@ -28,7 +28,7 @@ RESULTS = Path(__file__).with_name("results")
 QUANTILES = (20, 50, 80)
 _PACKAGES = (
     *("contrastseg_fast", "torch", "triton", "numpy", "monai", "torchvision", "segmentation-models-pytorch"),
-    *("pykeops", "pytest-benchmark"),
+    *("dynamic-network-architectures", "pykeops", "pytest-benchmark"),
 )
 _GPU_QUERY = {  # what nvidia-smi calls it
     "driver": "driver_version",

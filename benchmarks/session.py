@@ -111,7 +111,7 @@ class Session:
         entries = measure_times(case, implementations, self._settings, benchmark)
         for implementation in implementations:
             entry = entries[implementation.name]
-            if entry["status"] == "measured" and implementation.weighed:
+            if entry["status"] == "measured" and implementation.weighed and case.weighed:
                 try:
                     if case.device == "cuda":
                         entry["peak_bytes"] = memory.device_peak_bytes(case, implementation)

@@ -68,7 +68,7 @@ def _seg_res_net(dims: int) -> Network:
 
 
 def _dynunet(dims: int) -> Network:
-    """nnU-Net's architecture."""
+    """nnU-Net's architecture, by MONAI."""
     build = _monai(
         "DynUNet",
         spatial_dims=dims,
@@ -80,6 +80,33 @@ def _dynunet(dims: int) -> Network:
         filters=(32, 64, 128, 256, 320),
     )
     return Network(build, ("downsamples.0", "downsamples.1", "downsamples.2"), dims)
+
+
+def _nnunet(dims: int) -> Network:
+    """nnU-Net's own, as its planner makes it for images of these sizes."""
+
+    def build() -> nn.Module:
+        from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+        features = (32, 64, 128, 256, 512, 512, 512) if dims == 2 else (32, 64, 128, 256, 320)
+        return PlainConvUNet(
+            input_channels=1,
+            n_stages=len(features),
+            features_per_stage=features,
+            conv_op=(nn.Conv2d, nn.Conv3d)[dims - 2],
+            kernel_sizes=3,
+            strides=[1] + [2] * (len(features) - 1),
+            n_conv_per_stage=2,
+            num_classes=NUM_CLASSES,
+            n_conv_per_stage_decoder=2,
+            conv_bias=True,
+            norm_op=(nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 2],
+            norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+        )
+
+    return Network(build, ("encoder.stages.1", "encoder.stages.2", "encoder.stages.3"), dims)
 
 
 def _torchvision(name: str) -> Network:
@@ -116,6 +143,8 @@ NETWORKS: dict[str, Network] = {
     "SegResNet 3D": _seg_res_net(3),
     "DynUNet": _dynunet(2),
     "DynUNet 3D": _dynunet(3),
+    "nnU-Net": _nnunet(2),
+    "nnU-Net 3D": _nnunet(3),
     "FCN, ResNet-50": _torchvision("fcn_resnet50"),
     "DeepLabV3, ResNet-50": _torchvision("deeplabv3_resnet50"),
     "DeepLabV3+, ResNet-34": _smp("DeepLabV3Plus"),

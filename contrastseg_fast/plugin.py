@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -85,7 +85,7 @@ def attach_pdcr(
         runs = {run.name: run for run in _auto_layers(model, _required(example_input))}
         names = list(dict.fromkeys([*fields, *runs]))
     else:
-        names = find_layers(model, layers)
+        names = find_layers(model, layers, example_input)
         if unknown := set(fields) - set(names):
             _checks.fail("receptive_fields", f"some of the layers {names}", sorted(unknown))
         wants_channels = options.get("projection") is not None and options.get("in_channels") is None
@@ -268,7 +268,7 @@ def insert_uafs(
             "taking as they were; insert gates first, then attach PDCR",
             stacklevel=2,
         )
-    names = _auto_stages(model, example) if layers == "auto" else find_layers(model, layers)
+    names = _auto_stages(model, example) if layers == "auto" else find_layers(model, layers, example)
     made: dict[str, UAFS] = {}
     for name, run in _trace(model, example, names).items():
         if name == "" or (gates is not None and submodule_name(name) in gates):
@@ -372,10 +372,13 @@ def _trace(model: nn.Module, example: Tensor, names: Sequence[str] | None) -> di
     return trace_layers(model, example.shape, names, dtype=example.dtype)
 
 
-def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
+def find_layers(
+    model: nn.Module, layers: str | Sequence[str], example_input: Tensor | None = None
+) -> list[str]:
     """The layers that names and patterns stand for, in the order given, each once.
 
-    Of the layers that a pattern matches the outermost count, and gates never do.
+    Of the layers that a pattern matches the outermost count; gates never do, nor, if there is an example
+    input, what does not run as a whole, such as a list of layers.
 
     Example:
         >>> model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), nn.Conv2d(8, 2, 1))
@@ -383,13 +386,18 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
         ['1', '0']
     """
     known = dict(model.named_modules(remove_duplicate=False))
+    running: Container[str] | None = None
     found: dict[nn.Module, str] = {}
     if not isinstance(layers, (str, Sequence)):
         _checks.fail_type("layers", "names of layers", type(layers).__name__)
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
             _checks.fail_type("layers", "names of layers", type(wanted).__name__)
-        matches = [wanted] if wanted in known else _outermost_matches(model, known, wanted)
+        matches = [wanted]
+        if wanted not in known:
+            if running is None:
+                running = known if example_input is None else _trace(model, example_input, None)
+            matches = _outermost_matches(model, [name for name in known if name in running], wanted)
         if not matches:
             raise ValueError(unknown_layer(wanted, known))
         for name in matches:

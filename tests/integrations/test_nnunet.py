@@ -197,7 +197,7 @@ def test_the_commands_train_and_predict_with_pdcr(root: Path, tmp_path: Path) ->
     command("nnUNetv2_train", "1", "2d", "0", "-tr", "QuickPDCR", "-device", "cpu")
     file = checkpoint(root, 1, "QuickPDCR")
     log = logged(file)
-    assert "PDCR of 3 classes" in log
+    assert "PDCR of 3 classes on patches of (40, 40) pixels: weight 0.1 after 1 epochs" in log
     values = re.findall(r"PDCR weight (\S+), mean (\S+)", log)
     assert [float(weight) for weight, _ in values] == [0, 0.1]  # warming up over one epoch
     assert all(math.isfinite(float(mean)) and float(mean) != 0 for _, mean in values)
@@ -236,7 +236,9 @@ def test_regions_with_gates_in_anisotropic_volumes(
     options = ("-tr", "QuickPDCRUAFS", "-device", "cpu")
     call(monkeypatch, run_training_entry, "2", "3d_fullres", "0", *options)
     file = checkpoint(root, 2, "QuickPDCRUAFS")
-    assert "PDCR of 2 regions" in logged(file)
+    log = logged(file)
+    assert "PDCR of 2 regions" in log
+    assert "UAFS encoder.stages.3: spatial_dims=3, in_channels=" in log
     weights = torch.load(file, weights_only=False)["network_weights"]
     plain = make_trainer(2, "nnUNetTrainer")
     plain.initialize()
@@ -403,7 +405,7 @@ def test_boxes_shrink_where_fields_exceed_half_of_the_patch(root: Path) -> None:
     }
     assert volume.pdcr.loss.patch_size == {
         "encoder.stages.1": (1, 11, 11),
-        "encoder.stages.2": (5, 9, 9),
+        "encoder.stages.2": (3, 9, 9),
         "encoder.stages.3": (5, 17, 16),
     }
 
@@ -458,6 +460,35 @@ def test_settings_are_class_attributes(root: Path) -> None:
     (gate,) = gated.network.uafs.values()
     assert gate.head[0].out_channels == 4
     assert isinstance(gate.head[1], nn.InstanceNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("base", "setting", "message"),
+    [
+        ("PDCR", {"pdcr_wieght": 1}, "pdcr_wieght: expected a setting of Derived.*near: .'pdcr_weight'"),
+        ("PDCRUAFS", {"UAFS_layers": "auto"}, "UAFS_layers: expected a setting.*near: .'uafs_layers'"),
+        ("PDCR", {"uafs_layers": "auto"}, "uafs_layers: expected a setting of Derived"),
+        ("UAFS", {"pdcr_weight": 1}, "pdcr_weight: expected a setting of Derived"),
+        ("PDCR", {"pdcr_weight": -1}, "pdcr_weight: expected a finite number of at least 0, got -1"),
+        ("PDCR", {"pdcr_warmup_epochs": -5}, "pdcr_warmup_epochs: expected an integer of at least 0"),
+        ("PDCR", {"pdcr_options": {"smapler": "grid"}}, "pdcr_options: .*PDCRLoss, got 'smapler'.*'sampler'"),
+        ("UAFS", {"uafs_options": {"nrom": "batch"}}, "uafs_options: .*UAFS, got 'nrom'.*'norm'"),
+        ("PDCR", {"pdcr_layers": 2}, "layers: expected names of layers, got int"),
+    ],
+)
+def test_settings_that_are_none_are_named(root: Path, base: str, setting: dict, message: str) -> None:
+    trainer = derived(root, getattr(trainers, f"nnUNetTrainer{base}"), **setting)
+    with pytest.raises((AttributeError, TypeError, ValueError), match=message):
+        trainer.initialize()
+
+
+def test_patterns_take_stages(root: Path) -> None:
+    trainer = derived(
+        root, trainers.nnUNetTrainerPDCRUAFS, pdcr_layers="decoder.stages.*", uafs_layers="encoder.*"
+    )
+    trainer.initialize()
+    assert list(trainer.pdcr.loss.receptive_fields) == [f"decoder.stages.{k}" for k in range(3)]
+    assert list(trainer.network.uafs) == [f"encoder/stages/{k}" for k in range(4)]
 
 
 @pytest.mark.parametrize("ignore", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,15 +12,49 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
-from contrastseg_fast import ReceptiveField, _checks, attach_pdcr, insert_uafs, receptive_fields
+from contrastseg_fast import (
+    UAFS,
+    PDCRLoss,
+    ReceptiveField,
+    _checks,
+    attach_pdcr,
+    insert_uafs,
+    receptive_fields,
+)
 from contrastseg_fast.functional import warmup_weight
 from contrastseg_fast.modules import finest
 from contrastseg_fast.plugin import AttachedPDCR, find_layers
 
 _AUTO_STRIDES = (2, 4, 8)
+_PREFIXES = ("pdcr_", "uafs_")  # of settings
 
 
-class nnUNetTrainerUAFS(nnUNetTrainer):
+class _Configured(nnUNetTrainer):
+    """A trainer whose settings are class attributes, all of them known."""
+
+    @classmethod
+    def check_settings(cls) -> None:
+        """Raise an AttributeError for what looks like a setting and is none of this trainer."""
+        known = {
+            name
+            for ancestor in cls.__mro__
+            if ancestor.__module__ == __name__
+            for name in ancestor.__annotations__
+        }
+        for name in dir(cls):
+            if name.lower().startswith(_PREFIXES) and name not in known:
+                near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+                raise AttributeError(
+                    f"{name}: expected a setting of {cls.__name__}, one of {sorted(known)}; near: {near}"
+                )
+
+    def initialize(self) -> None:
+        """Check the settings, then build the network and the loss."""
+        self.check_settings()
+        super().initialize()
+
+
+class nnUNetTrainerUAFS(_Configured):
     """nnU-Net with uncertainty-aware gates (Eqs. 8 to 10) behind stages of its network.
 
     The gates are part of the network: checkpoints hold them, and prediction builds them again from the
@@ -54,6 +90,8 @@ class nnUNetTrainerUAFS(nnUNetTrainer):
             num_output_channels,
             enable_deep_supervision,
         )
+        cls.check_settings()
+        _check_options("uafs_options", cls.uafs_options, UAFS)
         layers = cls.uafs_layers
         if layers == "auto":
             layers = _stages(network, "uafs_layers", "encoder", "decoder")
@@ -65,8 +103,15 @@ class nnUNetTrainerUAFS(nnUNetTrainer):
             **cls.uafs_options,
         )
 
+    def initialize(self) -> None:
+        """Build the network and the loss, and tell where the gates are."""
+        super().initialize()
+        for name, gate in self.network.named_modules():
+            if isinstance(gate, UAFS):
+                self.print_to_log_file(f"UAFS {name.split('.')[-1].replace('/', '.')}: {gate.extra_repr()}")
 
-class nnUNetTrainerPDCR(nnUNetTrainer):
+
+class nnUNetTrainerPDCR(_Configured):
     """nnU-Net with patch-dragsaw contrastive regularization (Eqs. 3 to 7) of its encoder in the loss.
 
     Training adds `weight * pdcr` to nnU-Net's loss; validation and prediction are as without. The network
@@ -78,9 +123,9 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
         pdcr_layers: names or patterns of layers, as for `attach_pdcr`; `"auto"` takes the encoder stages of
             stride 2, 4 and 8 (the largest over the axes, where they differ).
         pdcr_patch_size: extent of the boxes whose class mixtures are compared, as for `PDCRLoss`; None takes
-            the receptive fields. `"auto"` takes the receptive field along each axis where it is at most half
-            of the patch, and elsewhere 2 * stride + 1 pixels around its centre, so that neighbouring boxes
-            overlap by half.
+            the receptive fields. `"auto"` takes the receptive field of a layer where it is at most half of
+            the patch along every axis, and elsewhere 2 * stride + 1 pixels around its centre, so that
+            neighbouring boxes overlap by half.
         pdcr_num_samples: vectors per image and layer at most; None takes all.
         pdcr_temperature, pdcr_class_distance, pdcr_variant: as for `PDCRLoss`. With region-based labels,
             which overlap, `class_distance` is always `"mean"`, over the regions.
@@ -108,6 +153,9 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
 
     def initialize(self) -> None:
         """Build the network and the loss."""
+        _checks.not_negative("pdcr_weight", self.pdcr_weight)
+        _checks.integer("pdcr_warmup_epochs", self.pdcr_warmup_epochs, 0)
+        _check_options("pdcr_options", self.pdcr_options, PDCRLoss)
         # The trainer taps its network; the predictor, which asks the class, gets a bare one.
         self.__dict__["build_network_architecture"] = self._build_tapped_network
         super().initialize()
@@ -143,7 +191,8 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
             )
         automatic = self.pdcr_layers == "auto"
         layers = _stages(network, "pdcr_layers", "encoder") if automatic else self.pdcr_layers
-        traced = receptive_fields(network, (1, num_input_channels, *patch), find_layers(network, layers))
+        example = torch.empty(1, num_input_channels, *patch)
+        traced = receptive_fields(network, example.shape, find_layers(network, layers, example))
         fields = {
             name: field
             for name, field in traced.items()
@@ -157,7 +206,8 @@ class nnUNetTrainerPDCR(nnUNetTrainer):
         )
         labels = "regions" if has_regions else "classes"
         self.print_to_log_file(
-            f"PDCR of {num_output_channels} {labels} on patches of {patch} pixels, {options}"
+            f"PDCR of {num_output_channels} {labels} on patches of {patch} pixels: weight {self.pdcr_weight} "
+            f"after {self.pdcr_warmup_epochs} epochs, {options}"
         )
         for name, field in fields.items():
             self.print_to_log_file(f"  {name}: {field}")
@@ -247,15 +297,26 @@ def _stages(network: nn.Module, setting: str, *parts: str) -> list[str]:
     return names
 
 
+def _check_options(setting: str, options: Mapping[str, Any], module: type[nn.Module]) -> None:
+    """Check that a setting's options are arguments of a module, and name the near ones of what is not."""
+    known = list(inspect.signature(module).parameters)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            _checks.fail_type(setting, f"arguments of {module.__name__}", f"{name!r}; near names: {near}")
+
+
 def _boxes_within_half(
     fields: Mapping[str, ReceptiveField], patch: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Boxes for the fields that exceed half of the patch along some axis: there 2 * stride + 1 pixels."""
+    """The fields' sizes; 2 * stride + 1 pixels where one exceeds half of the patch along some axis."""
     boxes: dict[str, tuple[int, ...]] = {}
     for name, field in fields.items():
-        axes = zip(field.size, field.stride, patch, strict=True)
-        boxes[name] = tuple(
-            int(size) if size <= extent / 2 else min(2 * int(stride) + 1, max(1, extent // 2))
-            for size, stride, extent in axes
-        )
+        if all(size <= extent / 2 for size, extent in zip(field.size, patch, strict=True)):
+            boxes[name] = tuple(int(size) for size in field.size)
+        else:
+            axes = zip(field.size, field.stride, patch, strict=True)
+            boxes[name] = tuple(
+                int(min(size, 2 * int(stride) + 1, max(1, extent // 2))) for size, stride, extent in axes
+            )
     return boxes
