@@ -32,6 +32,7 @@ class Network:
     layers: tuple[str, str, str]
     spatial_dims: int = 2
     in_channels: int = 1
+    least_extent: int = 0  # of the images it takes
 
 
 def _monai(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -106,7 +107,8 @@ def _nnunet(dims: int) -> Network:
             nonlin_kwargs={"inplace": True},
         )
 
-    return Network(build, ("encoder.stages.1", "encoder.stages.2", "encoder.stages.3"), dims)
+    layers = ("encoder.stages.1", "encoder.stages.2", "encoder.stages.3")
+    return Network(build, layers, dims, least_extent=(128, 32)[dims - 2])
 
 
 def _torchvision(name: str) -> Network:
@@ -274,12 +276,9 @@ def _oracle(size: Size, inputs: Inputs) -> Result:
 
 
 def _tiny(size: Size) -> Size:
-    return replace(
-        size,
-        samples=16,
-        batch=min(size.batch, 2),
-        extent=64 if NETWORKS[size.network].spatial_dims == 2 else 32,
-    )
+    network = NETWORKS[size.network]
+    extent = max((64, 32)[network.spatial_dims - 2], network.least_extent)
+    return replace(size, samples=16, batch=min(size.batch, 2), extent=extent)
 
 
 def _loops_too_long(size: Size, device: str) -> str | None:
