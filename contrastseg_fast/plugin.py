@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import math
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -386,36 +385,38 @@ def find_layers(
         ['1', '0']
     """
     known = dict(model.named_modules(remove_duplicate=False))
-    running: Container[str] | None = None
     found: dict[nn.Module, str] = {}
     if not isinstance(layers, (str, Sequence)):
         _checks.fail_type("layers", "names of layers", type(layers).__name__)
-    for wanted in [layers] if isinstance(layers, str) else layers:
-        if not isinstance(wanted, str):
-            _checks.fail_type("layers", "names of layers", type(wanted).__name__)
-        matches = [wanted]
-        if wanted not in known:
-            if running is None:
-                running = known if example_input is None else _trace(model, example_input, None)
-            matches = _outermost_matches(model, [name for name in known if name in running], wanted)
+    wanted = [layers] if isinstance(layers, str) else layers
+    for name in wanted:
+        if not isinstance(name, str):
+            _checks.fail_type("layers", "names of layers", type(name).__name__)
+    candidates = [] if set(wanted) <= set(known) else _candidates(model, known, example_input)
+    for name in wanted:
+        matches = [name] if name in known else _outermost(fnmatch.filter(candidates, name))
         if not matches:
-            raise ValueError(unknown_layer(wanted, known))
-        for name in matches:
-            found.setdefault(known[name], name)
+            raise ValueError(unknown_layer(name, known))
+        for match in matches:
+            found.setdefault(known[match], match)
     if not found:
         _checks.fail("layers", "at least one layer", layers)
     return list(found.values())
 
 
-def _outermost_matches(model: nn.Module, names: Iterable[str], pattern: str) -> list[str]:
-    matches = set(fnmatch.filter(names, pattern)) - {""}
+def _candidates(model: nn.Module, known: Mapping[str, nn.Module], example_input: Tensor | None) -> list[str]:
+    """The layers that patterns may take: what runs on its own, without gates."""
     in_gates = _names_in_gates(model)
-    around = {name: itertools.accumulate(name.split("."), "{}.{}".format) for name in matches}
-    return [
-        name
-        for name in names
-        if name in matches and name not in in_gates and not matches & ({*around[name]} - {name})
-    ]
+    inside = [name for name in known if name and name not in in_gates]
+    if example_input is None:
+        return inside
+    running = {known[name] for name in _trace(model, example_input, None)}
+    return [name for name in inside if known[name] in running]
+
+
+def _outermost(names: Sequence[str]) -> list[str]:
+    """The names of layers that lie inside no other of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _names_in_gates(model: nn.Module) -> set[str]:

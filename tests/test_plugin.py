@@ -424,6 +424,10 @@ def test_layers_by_pattern() -> None:
     fields = attach_pdcr(model, ["d*", "down", "stem"], 3, example_input=x).loss.receptive_fields
     assert list(fields) == ["down", "deep", "stem"]  # what lies inside a match does not count
     assert plugin.find_layers(model, "down.*") == ["down.0", "down.1"]
+    listed = nn.Module()
+    listed.blocks = nn.ModuleList([nn.Conv2d(1, 1, 3), nn.Identity()])
+    listed.forward = lambda x: listed.blocks[0](x)
+    assert plugin.find_layers(listed, "blocks*", x) == ["blocks.0"]  # neither lists nor what does not run
     insert_uafs(model, "down", 2, example_input=x)
     assert plugin.find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
     shared = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
