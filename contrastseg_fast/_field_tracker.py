@@ -48,7 +48,7 @@ class FieldTracker(TorchDispatchMode):
         self._fake_mode = fake_mode
         self._axes = axes
         self._storages: dict[int, _Storage] = {}
-        self._joins: set[tuple[int, int]] = set()  # storages and versions
+        self._joins: set[tuple[int, int, Geometry]] = set()  # storages, versions, and what of them
 
     def see_image(self, image: Tensor) -> None:
         """Take a fake tensor `(B, C, *spatial)` as the image."""
@@ -66,8 +66,10 @@ class FieldTracker(TorchDispatchMode):
         return view.field if view else next(iter(storage.views.values())).field.lost(tensor.shape)
 
     def is_join(self, tensor: Tensor, version: int) -> bool:
-        """Whether two tensors one after the other are all that a tensor is, as at a skip connection."""
-        return tensor.layout == torch.strided and (_address(tensor), version) in self._joins
+        """Whether a map is two others one after the other along its channels, as at a skip connection."""
+        return (
+            tensor.layout == torch.strided and (_address(tensor), version, _geometry(tensor)) in self._joins
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
@@ -114,8 +116,8 @@ class FieldTracker(TorchDispatchMode):
             if made.shape != tensor.shape:
                 made = made.lost(tensor.shape)
             self._register(tensor, _View(made.explained(str(func))))
-            if name == "cat" and len(bound["tensors"]) == 2:
-                self._joins.add((_address(tensor), 0))  # versions count what is written later
+            if name == "cat" and bound["dim"] == 1 and len(bound["tensors"]) == 2:
+                self._joins.add((_address(tensor), 0, _geometry(tensor)))  # version 0: nothing written since
         return result
 
     def _fake(self, tensor: Tensor) -> Tensor:

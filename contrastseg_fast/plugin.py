@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from contrastseg_fast.receptive_field import LayerRun, ReceptiveField, trace_lay
 _AUTO_STRIDES = (2, 4, 8)
 _LEAST_AUTO_SIZE = 5  # pixels
 _GATES = "uafs"  # the attribute that holds the gates
-_HALF_MADE = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_BARE = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def attach_pdcr(
@@ -65,6 +65,7 @@ def attach_pdcr(
     Raises:
         TypeError, ValueError: an argument does not fit, there is no such layer, or the receptive field of one
             is infinite.
+        RuntimeError: the model does not run on the example input without data, or reads values of tensors.
 
     Warns:
         UserWarning: boxes that cover more than half of the image along every axis, whose ratios are nearly
@@ -84,7 +85,7 @@ def attach_pdcr(
         runs = {run.name: run for run in _auto_layers(model, _required(example_input))}
         names = list(dict.fromkeys([*fields, *runs]))
     else:
-        names = find_layers(model, layers, example_input)
+        names = find_layers(model, layers, None if fields else example_input)
         if unknown := set(fields) - set(names):
             _checks.fail("receptive_fields", f"some of the layers {names}", sorted(unknown))
         wants_channels = options.get("projection") is not None and options.get("in_channels") is None
@@ -156,7 +157,7 @@ class AttachedPDCR:
 
         Raises:
             TypeError, ValueError: an argument does not fit.
-            RuntimeError: nothing was collected since the last call, as in eval mode.
+            RuntimeError: nothing was collected since the last call of the regularizer.
         """
         return self.loss.repelled_fraction(self._collected(), labels, mask)
 
@@ -231,7 +232,7 @@ def insert_uafs(
             layers that a pattern matches, those inside others of them do not count. Or `"auto"`: behind
             every encoder and decoder stage, which is the outermost layer that ends each resolution on the way
             down and again on the way up, layers with as many channels as the output apart.
-            `list(model.uafs)` shows the choice.
+            `list(model.uafs)` shows the choice, with slashes for dots.
         num_classes: classes that the gates predict, at least 2.
         example_input: an input `(B, C, *spatial)` of the model; only its shape and dtype count.
         options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
@@ -242,6 +243,7 @@ def insert_uafs(
     Raises:
         TypeError, ValueError: an argument does not fit, there is no such layer, or it has a gate already;
             with `"auto"`, any layer has.
+        RuntimeError: the model does not run on the example input without data.
 
     Warns:
         UserWarning: PDCR is attached already, with the receptive fields of a model without these gates.
@@ -261,12 +263,6 @@ def insert_uafs(
         )
     if layers == "auto" and gates is not None:
         _checks.fail("layers", "names, as the model has gates already (remove_uafs takes them out)", "'auto'")
-    if any(isinstance(getattr(hook, "__self__", None), AttachedPDCR) for hook in _pre_hooks(model)):
-        warnings.warn(
-            "contrastseg_fast: gates inserted after PDCR was attached widen receptive fields that it goes on "
-            "taking as they were; insert gates first, then attach PDCR",
-            stacklevel=2,
-        )
     names = _auto_stages(model, example) if layers == "auto" else find_layers(model, layers, example)
     made: dict[str, UAFS] = {}
     for name, run in _trace(model, example, names).items():
@@ -275,6 +271,12 @@ def insert_uafs(
         _ = run.receptive_field  # raises unless the output is a feature map
         gate = UAFS(len(run.shape) - 2, run.shape[1], num_classes, **options)
         made[name] = gate.to(run.device, run.dtype).train(model.training)
+    if _has_pdcr(model):
+        warnings.warn(
+            "contrastseg_fast: gates inserted after PDCR was attached widen receptive fields that it goes on "
+            "taking as they were; insert gates first, then attach PDCR",
+            stacklevel=2,
+        )
     if gates is None:
         gates = _Gates()
         model.add_module(_GATES, gates)
@@ -386,13 +388,15 @@ def find_layers(
     """
     known = dict(model.named_modules(remove_duplicate=False))
     found: dict[nn.Module, str] = {}
-    if not isinstance(layers, (str, Sequence)):
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
         _checks.fail_type("layers", "names of layers", type(layers).__name__)
-    wanted = [layers] if isinstance(layers, str) else layers
+    wanted = [layers] if isinstance(layers, str) else list(layers)
     for name in wanted:
         if not isinstance(name, str):
             _checks.fail_type("layers", "names of layers", type(name).__name__)
-    candidates = [] if set(wanted) <= set(known) else _candidates(model, known, example_input)
+        if name not in known and not fnmatch.filter(known, name):
+            raise ValueError(unknown_layer(name, known))
+    candidates = [] if set(wanted) <= set(known) else _candidates(model, example_input)
     for name in wanted:
         matches = [name] if name in known else _outermost(fnmatch.filter(candidates, name))
         if not matches:
@@ -404,14 +408,14 @@ def find_layers(
     return list(found.values())
 
 
-def _candidates(model: nn.Module, known: Mapping[str, nn.Module], example_input: Tensor | None) -> list[str]:
-    """The layers that patterns may take: what runs on its own, without gates."""
+def _candidates(model: nn.Module, example_input: Tensor | None) -> list[str]:
+    """The layers that patterns may take, by their first names: what runs on its own, without gates."""
     in_gates = _names_in_gates(model)
-    inside = [name for name in known if name and name not in in_gates]
+    names = [name for name, _ in model.named_modules() if name and name not in in_gates]
     if example_input is None:
-        return inside
-    running = {known[name] for name in _trace(model, example_input, None)}
-    return [name for name in inside if known[name] in running]
+        return names
+    running = _trace(model, example_input, None)
+    return [name for name in names if name in running]
 
 
 def _outermost(names: Sequence[str]) -> list[str]:
@@ -430,13 +434,13 @@ def _names_in_gates(model: nn.Module) -> set[str]:
 
 def _auto_layers(model: nn.Module, example: Tensor) -> list[LayerRun]:
     """The encoder layer of each stride whose field is neither tiny nor most of the image."""
-    fitting: list[tuple[int, LayerRun]] = []
-    for run in _encoder_and_decoder(model, example)[0]:
-        field = run.receptive_field
+    fitting: list[tuple[int, _Candidate]] = []
+    for candidate in _encoder_and_decoder(model, example)[0]:
+        field = candidate.run.receptive_field
         stride = max(field.stride)
         fits = all(size <= extent / 2 for size, extent in zip(field.size, example.shape[2:], strict=True))
         if stride in _AUTO_STRIDES and max(field.size) >= _LEAST_AUTO_SIZE and fits:
-            fitting.append((int(stride), run))
+            fitting.append((int(stride), candidate))
     if not fitting:
         _checks.fail(
             "layers",
@@ -451,22 +455,27 @@ def _auto_stages(model: nn.Module, example: Tensor) -> list[str]:
     """The layer of each resolution on the way down, and of each on the way up."""
     stages: list[str] = []
     for half in _encoder_and_decoder(model, example):
-        chosen = _last_outermost(model, [(_scale(run, example), run) for run in half])
+        chosen = _last_outermost(model, [(_scale(each.run, example), each) for each in half])
         stages += [run.name for run in chosen]
     if not stages:
         _checks.fail("layers", "a model with feature maps inside", "none for 'auto' to choose; name them")
     return stages
 
 
-def _last_outermost(model: nn.Module, runs: Sequence[tuple[int, LayerRun]]) -> list[LayerRun]:
+class _Candidate(NamedTuple):
+    """A layer for `"auto"` to choose, whose features are whole or `half_made`."""
+
+    run: LayerRun
+    half_made: bool
+
+
+def _last_outermost(model: nn.Module, candidates: Sequence[tuple[int, _Candidate]]) -> list[LayerRun]:
     """For each stride the layer inside fewest others, and of several the one that runs last.
 
-    Half-made features are taken only where there are no others: skip connections, which join what has not
-    been mixed yet, and convolutions and normalisations without the activation behind them.
+    Half-made features are taken only where there are no others.
     """
     chosen: dict[int, tuple[bool, int, LayerRun]] = {}
-    for stride, run in runs:
-        half_made = run.is_join or isinstance(model.get_submodule(run.name), _HALF_MADE)
+    for stride, (run, half_made) in candidates:
         rank = (half_made, _depth(model, run.name))
         if stride not in chosen or rank <= chosen[stride][:2]:
             chosen[stride] = (*rank, run)
@@ -480,42 +489,56 @@ def _depth(model: nn.Module, name: str) -> int:
     return sum(not isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
 
 
-def _encoder_and_decoder(model: nn.Module, example: Tensor) -> tuple[list[LayerRun], list[LayerRun]]:
+def _encoder_and_decoder(model: nn.Module, example: Tensor) -> tuple[list[_Candidate], list[_Candidate]]:
     """The layers that give one feature map a pass, in the order they run, up to the deepest and after it.
 
     Of layers that pass on the same tensor the one that made it counts, or the outermost around that. From the
     deepest layers on, those with as many channels as the model's output count as outputs and are left out.
+    Half-made are what convolutions and normalisations give, without the activation behind them, and in the
+    decoder what skip connections join, not mixed yet.
     """
     runs = _trace(model, example, None)
     in_gates = _names_in_gates(model)
     makers: dict[tuple[int, int], LayerRun] = {}
+    not_activated: set[tuple[int, int]] = set()
     for run in runs.values():
         key = (id(run.output), run.version)
+        if run.name and _is_bare(model.get_submodule(run.name)):
+            not_activated.add(key)
         maker = makers.get(key)
         if run.name in in_gates:  # the gated layer passes on what its gate made
             continue
         if run.name and run.is_single and (maker is None or maker.name.startswith(f"{run.name}.")):
             makers[key] = run
-    maps = [run for run in makers.values() if run.times == 1 and _is_map(run, example)]
-    deepest = max((_scale(run, example) for run in maps), default=0)
-    encoder: list[LayerRun] = []
-    decoder: list[LayerRun] = []
+    maps = [(key, run) for key, run in makers.items() if run.times == 1 and _is_map(run, example)]
+    deepest = max((_scale(run, example) for _, run in maps), default=0)
+    encoder: list[_Candidate] = []
+    decoder: list[_Candidate] = []
     at_the_bottom = False
-    for run in maps:
+    for key, run in maps:
         scale = _scale(run, example)
         at_the_bottom |= scale == deepest
         if at_the_bottom and run.shape[1:2] == runs[""].shape[1:2]:
             continue
-        (decoder if decoder or (at_the_bottom and scale < deepest) else encoder).append(run)
+        if decoder or (at_the_bottom and scale < deepest):
+            decoder.append(_Candidate(run, key in not_activated or run.is_join))
+        else:
+            encoder.append(_Candidate(run, key in not_activated))
     return encoder, decoder
 
 
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module is a convolution or normalisation of torch's, and nothing else besides."""
+    return isinstance(module, _BARE) and type(module).__module__.startswith("torch.nn.")
+
+
 def _is_map(run: LayerRun, example: Tensor) -> bool:
-    """Whether a layer gives a map `(B, C, *spatial)`, and not one pooled to a point."""
+    """Whether a layer gives a map `(B, C, *spatial)`, neither pooled to a point nor of the image's pixels."""
     if len(run.shape) != example.ndim or run.shape[0] != example.shape[0]:
         return False
     try:
-        return not (run.receptive_field.is_infinite and 1 in run.shape[2:])
+        field = run.receptive_field
+        return not (field.is_infinite and 1 in run.shape[2:]) and max(field.size) > 1
     except ValueError:
         return False
 
@@ -528,12 +551,12 @@ def _scale(run: LayerRun, example: Tensor) -> int:
 
 def _warn_of_large_boxes(loss: PDCRLoss, extents: tuple[int, ...]) -> None:
     """Warn of boxes that cover more than half of the image along every axis."""
-    large = {
-        layer: tuple(box.size)
+    large = [
+        (layer, tuple(box.size))
         for boxes in loss.boxes_by_size
         for layer, box in boxes.items()
         if all(size > extent / 2 for size, extent in zip(box.size, extents, strict=True))
-    }
+    ]
     if large:
         warnings.warn(
             f"contrastseg_fast: boxes of more than half of the {extents} pixels of an image hold nearly the "
@@ -542,8 +565,10 @@ def _warn_of_large_boxes(loss: PDCRLoss, extents: tuple[int, ...]) -> None:
         )
 
 
-def _pre_hooks(model: nn.Module) -> list[Any]:
-    return list(model._forward_pre_hooks.values())
+def _has_pdcr(model: nn.Module) -> bool:
+    """Whether a regularizer collects from the model or a part of it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), AttachedPDCR) for hook in hooks)
 
 
 def _first_tensor(name: str, output: object) -> Tensor:

@@ -246,7 +246,7 @@ class LayerRun:
 
     Attributes:
         output: the first tensor of the output, `is_single` if that is all of it; `version` as it was then.
-        is_join: whether the output is two tensors one after the other, as at a skip connection.
+        is_join: whether the output is two maps one after the other, as at a skip connection.
         times: how often the layer ran.
     """
 
@@ -349,8 +349,8 @@ def trace_layers(
                 ) from error
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(
-                    f"model: expected one that takes inputs of shape {tuple(input_shape)}, as example_input "
-                    f"or input_shape says, got {type(error).__name__}: {error}"
+                    f"model: expected one that runs without data on an input of shape {tuple(input_shape)} "
+                    f"(example_input or input_shape), got {type(error).__name__}: {error}"
                 ) from error
     for name in names or ():
         if name not in runs:

@@ -214,10 +214,15 @@ def test_deterministic_bits():
 
 
 @pytest.mark.parametrize("count", [1 << 14, 1 << 17])
-def test_pair_weights_fit_fp16(count):
-    form = kernels._form(PAPER, torch.empty(1, count, 8, dtype=torch.float16), 2)
+@pytest.mark.parametrize("channels", [8, 300])
+def test_pair_weights_fit_fp16(count, channels):
+    form = kernels._form(PAPER, torch.empty(1, count, channels, dtype=torch.float16), 2)
+    assert form.skips == (channels == 8)
+    assert (form.offset == 0) == form.skips
     scale, undo = kernels._weight_scale(torch.float16, form, count)
-    largest = count * form.factor * 2 + 2 * form.factor  # one pair has all of both rows' sums, at distance 1
+    largest = (
+        count * form.factor * 2 + 2 * form.factor + abs(form.offset)
+    )  # one pair has all of both rows' sums, at distance 1
     assert largest * scale < torch.finfo(torch.float16).max
     assert scale * undo * form.factor == pytest.approx(1)
     assert kernels._weight_scale(torch.bfloat16, form, count)[1] == 1

@@ -442,20 +442,19 @@ def test_layers_chosen_by_stride() -> None:
     fields = attach_pdcr(unet, "auto", 2, example_input=x).loss.receptive_fields
     assert {name: field.stride[0] for name, field in fields.items()} == {
         "model.1.submodule.0": 4,
-        "model.1.submodule.1.submodule.0": 8,  # not the skip connection around the deepest stage
+        "model.1.submodule.1.submodule.1": 8,
     }
     insert_uafs(unet, "auto", 2, example_input=x)
     gated = attach_pdcr(unet, "auto", 2, example_input=x).loss.receptive_fields
-    assert list(gated) == [
-        "model.0",
-        "model.1.submodule.0",
-        "model.1.submodule.1.submodule.0",
-    ]  # no gates' names
+    assert list(gated)[:2] == ["model.0", "model.1.submodule.0"]  # the layers, not their gates
     crop = torch.zeros(1, 1, 32, 32, 32)
     residual = nets.UNet(3, 1, 2, (4, 8, 8, 8), (2, 2, 2), num_res_units=2)
     fields = attach_pdcr(residual, "auto", 2, example_input=crop).loss.receptive_fields
     # Of the second stage, whose own field is too large, a whole unit and not the shortcut's bare convolution.
     assert list(fields) == ["model.0", "model.1.submodule.0.conv.unit0"]
+    dense = nets.DenseNet121(2, 1, 2, init_features=4, growth_rate=2, block_config=(2, 2, 2, 2))
+    fields = attach_pdcr(dense, "auto", 2, example_input=torch.zeros(1, 1, 256, 256)).loss.receptive_fields
+    assert "features.denseblock1" in fields  # though its layers join what they get and what they make
     basic = nets.BasicUNet(3, 1, 2, features=(2,) * 6)
     fields = attach_pdcr(basic, "auto", 2, example_input=torch.zeros(1, 1, 64, 64, 64)).loss.receptive_fields
     assert {name: field.size[0] for name, field in fields.items()} == {"down_1": 14, "down_2": 32}
@@ -485,7 +484,7 @@ def test_stages_chosen_for_gates() -> None:
         (
             nets.UNet(2, 1, 3, (4, 8, 8), (2, 2), num_res_units=2),
             x,
-            ["model.0", "model.1.submodule.0", "model.1.submodule"],  # no skip connections
+            ["model.0", "model.1.submodule.1", "model.1.submodule"],  # no skip connections on the way up
         ),
     ]
     for model, example, names in stages:
@@ -513,6 +512,28 @@ class Shared(nn.Module):
         return self.relu(self.head(x + self.pool(x)))
 
 
+class Branching(nn.Module):
+    """Reads values, so that it cannot run without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_patterns_need_no_run_where_fields_are_given_or_nothing_matches() -> None:
+    x, fields = torch.zeros(X), {"stem": ReceptiveField((3, 3), (1, 1), (-1, -1))}
+    pdcr = attach_pdcr(Branching(), "st*", 2, example_input=x, receptive_fields=fields)
+    assert list(pdcr.loss.receptive_fields) == ["stem"]
+    with pytest.raises(ValueError, match=r"layers: expected names of layers.*near names: 'stem'"):
+        attach_pdcr(Branching(), "sten", 2, example_input=x)
+    with pytest.raises(RuntimeError, match="does not read values of tensors"):
+        attach_pdcr(Branching(), "st*", 2, example_input=x)
+
+
 def test_gates_are_not_gated() -> None:
     model, x = insert_uafs(Net(), "auto", 2, example_input=torch.zeros(X)), torch.zeros(X)
     with pytest.raises(ValueError, match=r"layers: expected names, as the model has gates.*got 'auto'"):
@@ -532,7 +553,7 @@ def test_what_makes_pdcr_useless_is_warned_of() -> None:
         attach_pdcr(model, "deep", 2, example_input=x, patch_size=(24, 16))
         attach_pdcr(model, "deep", 2, example_input=x, patch_size=24, affinity="bipartite")
     with pytest.warns(
-        UserWarning, match=r"more than half of the \(24, 32\).*\{'deep': \(13, 17\)\}.*patch_size"
+        UserWarning, match=r"more than half of the \(24, 32\).*\('deep', \(13, 17\)\).*patch_size"
     ):
         attach_pdcr(model, ["stem", "deep"], 2, example_input=x, patch_size={"deep": (13, 17)})
     with pytest.warns(UserWarning, match="insert gates first, then attach PDCR"):
@@ -540,11 +561,14 @@ def test_what_makes_pdcr_useless_is_warned_of() -> None:
 
 
 def test_an_example_that_the_model_refuses_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
     for function in (attach_pdcr, insert_uafs):
-        with pytest.raises(RuntimeError, match=r"inputs of shape \(2, 3, 24, 32\), as example_input.*got "):
+        with pytest.raises(RuntimeError, match=r"input of shape \(2, 3, 24, 32\) \(example_input.*got "):
             function(Net(), "down", 2, example_input=torch.zeros(2, 3, 24, 32))
+    logger.removeHandler(caplog.handler)
     assert not caplog.records
-    assert logging.getLogger("torch._subclasses.fake_tensor").isEnabledFor(logging.ERROR)
+    assert logger.isEnabledFor(logging.ERROR)
 
 
 def test_the_repelled_fraction_is_that_of_the_next_loss() -> None:
@@ -772,6 +796,7 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> Non
 def test_arguments_of_other_types() -> None:
     with pytest.raises(TypeError, match=r"example_input: expected a tensor .* got NoneType"):
         attach_pdcr(Net(), "down", 2)
+    attach_pdcr(Net(), {"down": 1}.keys(), 2, example_input=torch.zeros(X))
     for layers, got in (([1], "int"), (Net().down, "Sequential"), (None, "NoneType")):
         for function in (attach_pdcr, insert_uafs):
             with pytest.raises(TypeError, match=f"layers: expected names of layers, got {got}"):

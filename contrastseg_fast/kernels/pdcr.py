@@ -127,9 +127,9 @@ def _form(options: tuple[Any, ...], vectors: Tensor, num_classes: int) -> _Form:
     largest = weight * (1 + abs(shift)) / temperature + math.log(max(num_vectors, 1))
     plain = den_bias == 0 and den_slope == 1 and shift == 0
     skips = plain and not categorical and fused(vectors) and num_vectors >= SORT_FROM
-    apart = 0.0  # of the constant part; most categories are unlike, and leave nothing of it in their weights
-    if plain and not categorical:
-        apart = num_bias if skips else num_bias / 4  # by trial: weights small, and clustered sums too
+    apart = 0.0
+    if plain and not categorical:  # most categories are unlike: their weights are smallest with all of it
+        apart = num_bias if skips else num_bias / 4  # by trial
     factor = LOG2_E / temperature
     scale = factor if plain else 1.0
     return _Form(

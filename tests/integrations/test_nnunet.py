@@ -473,12 +473,36 @@ def test_settings_are_class_attributes(root: Path) -> None:
         ("PDCR", {"pdcr_warmup_epochs": -5}, "pdcr_warmup_epochs: expected an integer of at least 0"),
         ("PDCR", {"pdcr_options": {"smapler": "grid"}}, "pdcr_options: .*PDCRLoss, got 'smapler'.*'sampler'"),
         ("UAFS", {"uafs_options": {"nrom": "batch"}}, "uafs_options: .*UAFS, got 'nrom'.*'norm'"),
+        ("UAFS", {"uafs_options": {"num_classes": 2}}, "uafs_options: .*UAFS, got 'num_classes'"),
         ("PDCR", {"pdcr_layers": 2}, "layers: expected names of layers, got int"),
+        ("PDCR", {"pdcr_w": 1}, r"one of \['pdcr_class_distance', 'pdcr_layers'"),
     ],
 )
 def test_settings_that_are_none_are_named(root: Path, base: str, setting: dict, message: str) -> None:
     trainer = derived(root, getattr(trainers, f"nnUNetTrainer{base}"), **setting)
     with pytest.raises((AttributeError, TypeError, ValueError), match=message):
+        trainer.initialize()
+
+
+def test_settings_of_an_object(root: Path) -> None:
+    trainer = derived(root, trainers.nnUNetTrainerPDCRUAFS)
+    trainer.pdcr_num_samples = 5
+    trainer.initialize()
+    assert trainer.pdcr.loss.num_samples == 5
+    for name, message in (
+        ("pdcr_wieght", "near: .'pdcr_weight'"),
+        ("uafs_layers", "an attribute of the class"),
+    ):
+        trainer = derived(root, trainers.nnUNetTrainerPDCRUAFS)
+        setattr(trainer, name, "auto")
+        with pytest.raises(AttributeError, match=f"{name}: expected .*{message}"):
+            trainer.initialize()
+
+
+def test_a_base_that_builds_a_network_without_gates_is_named(root: Path) -> None:
+    other = recursive_find_trainer_class_by_name("nnUNetTrainerBN")
+    trainer = derived(root, type("Mixed", (other, trainers.nnUNetTrainerUAFS), {}))
+    with pytest.raises(TypeError, match="Derived: expected this package's trainer first among the bases"):
         trainer.initialize()
 
 

@@ -32,25 +32,30 @@ _PREFIXES = ("pdcr_", "uafs_")  # of settings
 class _Configured(nnUNetTrainer):
     """A trainer whose settings are class attributes, all of them known."""
 
-    @classmethod
-    def check_settings(cls) -> None:
-        """Raise an AttributeError for what looks like a setting and is none of this trainer."""
+    def initialize(self) -> None:
+        """Check the settings, then build the network and the loss.
+
+        Raises:
+            AttributeError: what looks like a setting is none of this trainer, or cannot be set on an object.
+        """
+        cls = type(self)
         known = {
             name
             for ancestor in cls.__mro__
             if ancestor.__module__ == __name__
             for name in ancestor.__annotations__
+            if name.startswith(_PREFIXES)
         }
-        for name in dir(cls):
+        for name in [*dir(cls), *vars(self)]:
             if name.lower().startswith(_PREFIXES) and name not in known:
                 near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
                 raise AttributeError(
                     f"{name}: expected a setting of {cls.__name__}, one of {sorted(known)}; near: {near}"
                 )
-
-    def initialize(self) -> None:
-        """Check the settings, then build the network and the loss."""
-        self.check_settings()
+            if name.startswith("uafs_") and name in vars(self):
+                raise AttributeError(
+                    f"{name}: expected an attribute of the class, as prediction builds the network from it"
+                )
         super().initialize()
 
 
@@ -90,7 +95,6 @@ class nnUNetTrainerUAFS(_Configured):
             num_output_channels,
             enable_deep_supervision,
         )
-        cls.check_settings()
         _check_options("uafs_options", cls.uafs_options, UAFS)
         layers = cls.uafs_layers
         if layers == "auto":
@@ -104,11 +108,16 @@ class nnUNetTrainerUAFS(_Configured):
         )
 
     def initialize(self) -> None:
-        """Build the network and the loss, and tell where the gates are."""
+        """Build the network and the loss, and tell in the log where the gates are."""
         super().initialize()
-        for name, gate in self.network.named_modules():
-            if isinstance(gate, UAFS):
-                self.print_to_log_file(f"UAFS {name.split('.')[-1].replace('/', '.')}: {gate.extra_repr()}")
+        gates = {name: gate for name, gate in self.network.named_modules() if isinstance(gate, UAFS)}
+        if not gates:
+            raise TypeError(
+                f"{type(self).__name__}: expected this package's trainer first among the bases, as others "
+                "build the network too, got a network without gates"
+            )
+        for name, gate in gates.items():
+            self.print_to_log_file(f"UAFS {name.split('.')[-1].replace('/', '.')}: {gate.extra_repr()}")
 
 
 class nnUNetTrainerPDCR(_Configured):
@@ -125,7 +134,7 @@ class nnUNetTrainerPDCR(_Configured):
         pdcr_patch_size: extent of the boxes whose class mixtures are compared, as for `PDCRLoss`; None takes
             the receptive fields. `"auto"` takes the receptive field of a layer where it is at most half of
             the patch along every axis, and elsewhere 2 * stride + 1 pixels around its centre, so that
-            neighbouring boxes overlap by half.
+            neighbouring boxes overlap by half; never more than the field or half of the patch.
         pdcr_num_samples: vectors per image and layer at most; None takes all.
         pdcr_temperature, pdcr_class_distance, pdcr_variant: as for `PDCRLoss`. With region-based labels,
             which overlap, `class_distance` is always `"mean"`, over the regions.
@@ -299,7 +308,10 @@ def _stages(network: nn.Module, setting: str, *parts: str) -> list[str]:
 
 def _check_options(setting: str, options: Mapping[str, Any], module: type[nn.Module]) -> None:
     """Check that a setting's options are arguments of a module, and name the near ones of what is not."""
-    known = list(inspect.signature(module).parameters)
+    parameters = inspect.signature(module).parameters.values()
+    known = [
+        each.name for each in parameters if each.default is not each.empty
+    ]  # the others are the trainer's
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
