@@ -273,11 +273,14 @@ def test_regions_with_gates_in_anisotropic_volumes(
 
 
 def started(dataset: int, trainer: nnUNetTrainer) -> tuple[nnUNetTrainer, dict[str, Any]]:
-    """A trainer in its first epoch, and a batch."""
+    """A trainer in its first epoch, and a batch; with an ignore label, one that has some of it."""
     trainer.initialize()
     loader, _ = trainer.get_dataloaders()
     trainer.on_train_epoch_start()
-    return trainer, next(loader)
+    batch = next(loader)
+    while dataset == 2 and not batch["target"][0][:, 2].any():  # crops are drawn at random
+        batch = next(loader)
+    return trainer, batch
 
 
 @pytest.mark.parametrize(("dataset", "name"), [(1, "nnUNetTrainerPDCR"), (2, "nnUNetTrainerPDCRUAFS")])
