@@ -299,6 +299,7 @@ class PDCRLoss(nn.Module):
         stacked = torch.stack(losses, -1)
         return stacked if self.reduction == "none" else stacked.mean()
 
+    @torch.no_grad()
     def repelled_fraction(
         self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None = None
     ) -> Tensor:
