@@ -249,16 +249,20 @@ def test_fp64_ratios(dtype):
 
 
 @needs_extension
-def test_same_bits_for_any_number_of_threads():
-    vectors, ratios = make_inputs(2, 3400, 40, 2, torch.float32)
+@pytest.mark.parametrize("count", [90, 180, 260, 400, 3168, 3400])  # 1, 2, 3 and 5 blocks; 17 and 18 groups
+def test_every_pair_counts_once_with_equal_bits_for_any_number_of_threads(count):
+    vectors, ratios = make_inputs(2, count, 8, 2, torch.float64)
+    expected = loss_and_gradient("default", vectors, ratios, None, PAPER, torch.ones(2))
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
             results.append(loss_and_gradient("op", vectors, ratios, None, PAPER, torch.ones(2)))
     finally:
         torch.set_num_threads(threads)
+    for a, e in zip(results[0], expected, strict=True):
+        assert normwise(a, e) < 1e-12
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)

@@ -286,12 +286,14 @@ class Problem {
     for (int64_t round = 0; round < rounds; ++round) {
       for (int64_t index = 0; index < batch_; ++index) {
         const int64_t circle = players(index) - 1;
+        // With an odd number of groups one has no partner in each round: its pairs within fill the gap.
+        const bool odd = circle * group_size(images[index]) >= images[index].blocks();
         if (round > circle) continue;
         if (round == circle) {
-          for (int64_t group = 0; group <= circle; ++group) add(index, group, group);
+          for (int64_t group = 0; group <= circle && !odd; ++group) add(index, group, group);
           continue;
         }
-        add(index, round, circle);
+        add(index, round, odd ? round : circle);
         for (int64_t k = 1; k <= circle / 2; ++k) add(index, (round + k) % circle, (round + circle - k) % circle);
       }
     }
