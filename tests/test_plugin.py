@@ -304,6 +304,9 @@ def train_on_half_a_batch(rank: int, folder: Path) -> None:
         model.zero_grad()
         regularized_loss(parallel, pdcr, x[rank : rank + 1], y[rank : rank + 1]).backward()
     torch.save(gradients(model), folder / f"gradients{rank}.pt")
+    del parallel  # it holds the group, whose threads must end before the interpreter does
+    gc.collect()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import os
@@ -84,6 +85,7 @@ def processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        gc.collect()  # of a wrapped model, which holds the group: its threads must end before Python does
         dist.destroy_process_group()
 
 
