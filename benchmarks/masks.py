@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def mask_ratios(batch: int, count: int, num_classes: int, extent: int = 512) -> 
     """Foreground ratios `(batch, count, num_classes)` of grid samples of slices large enough."""
     while (extent // STRIDE) ** 2 < count:
         extent *= 2
-    labels, starts = chest_slices(batch, extent, num_classes), grid_starts(extent, count)
+    points = math.ceil(math.sqrt(count)) ** 2  # of a square grid, of which some are left out
+    starts = grid_starts(extent, points)[torch.arange(count) * points // count]
+    labels = chest_slices(batch, extent, num_classes)
     ratios, _ = foreground_ratio(labels, starts, (FIELD, FIELD), num_classes)
     return ratios
 
