@@ -1,146 +1,128 @@
-"""Compiles Triton kernels for cards that are not there, and reads what came out.
-
-A file `aot_<op>.py` beside this one says what to compile: `specs(capability)` yields a `Spec` for every entry
-of the op's launch table. Interpreted kernels cannot be compiled, so `compile_all` runs this file as a program
-of its own, `python tests/ahead_of_time.py NAME...`, which prints one JSON object by name.
-"""
+"""Compiles what `dry_jit.py` recorded, for cards that are not there, and reads what came out."""
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import importlib
-import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dry_jit import Recording, Variant
 
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's limit in bytes
 TENSOR_MEMORY_COLUMNS = 512
-
 _HERE = Path(__file__).parent
 
 
-class Spec(NamedTuple):
-    """One kernel as it is launched."""
+class Compiled(NamedTuple):
+    """What became of a variant: why it does not compile, or what it takes of the card."""
 
-    name: str  # unique for a capability
-    kernel: Any  # the jitted function
-    signature: dict[str, str]  # type of every argument: "*bf16", "i32", "fp32" or "constexpr"
-    constants: dict[str, Any]  # values of the constexpr arguments
-    num_warps: int
-    num_stages: int
-    instructions: tuple[str, ...] = ()  # what must occur in the machine code
-    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as all pointers are
+    error: str = ""
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    tensor_memory: int = 0  # columns
+    instructions: dict[str, int] = {}  # noqa: RUF012  how often each stands in the code, if it was read
 
-
-def modules() -> list[str]:
-    """The files that say what to compile."""
-    return sorted(path.stem for path in _HERE.glob("aot_*.py"))
+    def count(self, pattern: str) -> int:
+        """Instructions whose mnemonic matches from its beginning."""
+        return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
 
 
-def all_specs() -> Iterator[tuple[int, Spec]]:
-    """Every kernel of every file, for every card."""
-    for module in modules():
-        for capability in CAPABILITIES:
-            for spec in importlib.import_module(module).specs(capability):
-                yield capability, spec
+def record(capability: int, sources: Iterable[str]) -> Recording:
+    """What these sources launch (`dry_jit.py` says which there are), found by a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "recording"
+        command = [sys.executable, "-O", str(_HERE / "dry_jit.py"), str(capability), str(out), *sources]
+        _run(command)
+        return pickle.loads(out.read_bytes())
 
 
-def identifier(capability: int, spec: Spec) -> str:
-    """What a test calls it."""
-    return f"sm_{capability}-{spec.name}"
+def compile_all(
+    capability: int, variants: Iterable[Variant], disassembled: Collection[str]
+) -> dict[Variant, Compiled]:
+    """Compile for a card, in as many processes as there are cores, and read the code of some kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, out = Path(folder) / "variants", Path(folder) / "compiled"
+        wanted.write_bytes(pickle.dumps(list(variants)))
+        paths = [str(wanted), str(out)]
+        _run([sys.executable, str(_HERE / "ahead_of_time.py"), str(capability), *paths, *disassembled])
+        return pickle.loads(out.read_bytes())
 
 
-def compile_all(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Compile the kernels of those identifiers in processes of their own; what each came out as.
-
-    Each has either "error", or "registers", "stack", "local", "shared", "tensor_memory", "seconds" and
-    "instructions" (the mnemonics that occur).
-    """
+def _run(command: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__)), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(done.stderr[-4000:])
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
 
 
-def _compile(capability: int, spec: Spec) -> dict[str, Any]:
-    import time
-
+def _compile(capability: int, variant: Variant, disassembled: bool) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    arguments = spec.kernel.arg_names
-    aligned = [
-        (arguments.index(name),)
-        for name, kind in spec.signature.items()
-        if kind.startswith("*") or name in spec.divisible
-    ]
     source = ASTSource(
-        fn=spec.kernel,
-        signature=spec.signature,
-        constexprs=spec.constants,
-        attrs={position: [["tt.divisibility", 16]] for position in aligned},
+        getattr(importlib.import_module(variant.module), variant.kernel),
+        dict(variant.signature),
+        dict(variant.constants),
+        {path: [list(each) for each in attribute] for path, attribute in variant.attributes},
     )
-    began = time.perf_counter()
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+    try:
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
+        )
+    except Exception as error:  # a compiler's own
+        return Compiled(error=f"{type(error).__name__}: {error}")
+    metadata = compiled.metadata
+    return Compiled(
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        **_resources(compiled.asm["cubin"], disassembled),
     )
-    seconds = time.perf_counter() - began
-    return {
-        **_resources(compiled.asm["cubin"]),
-        "shared": compiled.metadata.shared,
-        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
-        "seconds": seconds,
-    }
 
 
-def _resources(cubin: bytes) -> dict[str, Any]:
+def _resources(cubin: bytes, disassembled: bool) -> dict[str, Any]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def read(*options: str) -> str:
-            command = [str(tools / "cuobjdump"), *options, file.name]
-            path = f"{tools}:{os.environ['PATH']}"
-            return subprocess.run(
-                command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
-            ).stdout
-
-        usage = read("--dump-resource-usage")
-        machine_code = read("--dump-sass")
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    mnemonics = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", machine_code)
+        options = ["--dump-resource-usage", *(["--dump-sass"] if disassembled else [])]
+        command = [str(tools / "cuobjdump"), *options, file.name]
+        environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    mnemonics = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
     return {
         "registers": found["REG"],
         "stack": found["STACK"],
         "local": found["LOCAL"],
-        "instructions": sorted(set(mnemonics)),
-        "spilled": sum(name.startswith(("LDL", "STL")) for name in mnemonics),
+        "instructions": dict(collections.Counter(mnemonics)),
     }
 
 
-def _compile_named(name: str) -> tuple[str, dict[str, Any]]:
-    capability, spec = next(pair for pair in all_specs() if identifier(*pair) == name)
-    try:
-        return name, _compile(capability, spec)
-    except Exception as error:  # a compiler's own; told by the test of this kernel
-        return name, {"error": f"{type(error).__name__}: {error}"}
+def main(capability: int, wanted: Path, out: Path, disassembled: list[str]) -> None:
+    sys.path[:0] = [str(_HERE.parent), str(_HERE)]
+    variants = pickle.loads(wanted.read_bytes())
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        read = [variant.kernel in disassembled for variant in variants]
+        results = pool.map(_compile, [capability] * len(variants), variants, read)
+        out.write_bytes(pickle.dumps(dict(zip(variants, results, strict=True))))
 
 
 if __name__ == "__main__":
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        print(json.dumps(dict(pool.map(_compile_named, sys.argv[1:]))))
+    from ahead_of_time import main as run  # what is pickled belongs to a module that others can import
+
+    run(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,40 +1,164 @@
-"""Every Triton kernel, at every entry of its launch table, compiled for cards that need not be there."""
+"""What the package launches on a GPU, compiled for cards that need not be there, and counted.
+
+`make test` compiles every call for sm_90, and the launch tables for the other cards; `make aot` compiles
+every call for all cards.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+
 import ahead_of_time
 import pytest
+from dry_jit import CALLS, PROCESSORS, Count, Recording, Variant
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-# At 80 of 255 registers, ptxas as Triton 3.8 has it still gives up 16 bytes of one kernel, for one more block
-# on a processor.
-STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 0
+EVERY_CALL = ("tests", "benchmarks", "tables", "counts")
+KERNELS = (
+    *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
+    *("pdcr_fwd_panel_kernel", "pdcr_pairs_kernel"),
+    *("gather_kernel", "locate_kernel", "gather_bwd_kernel"),
+    *("box_ratio_kernel", "running_sum_kernel", "fixed_point_kernel"),
+    *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
+)
+FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel")
+READ = (*FUSED, "pdcr_fwd_panel_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
+# stored and loaded once, and allowing it 128 registers removes the stack.
+STACKS = {"box_ratio_kernel": 40, "gather_bwd_kernel": 8}
+# Asynchronous copies to shared memory, 16 bytes each.
+COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 
-SPECS = {ahead_of_time.identifier(*pair): pair for pair in ahead_of_time.all_specs()}
+# Launches of `CALLS`: Triton kernels, and ATen calls that launch.
+LAUNCHES = {
+    "pdcr_loss, N=1024, C=256, bf16": (6, 13),
+    "pdcr_loss, N=16384, C=256, bf16": (6, 13),
+    "pdcr_loss, N=1024, C=256, fp32": (6, 14),
+    "PDCRLoss, three layers, B=8, N=1024": (32, 115),
+}
 
 
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> dict[str, dict]:
-    wanted = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.fspath == request.node.fspath and "name" in getattr(item, "callspec", item).params
+def sources(capability: int) -> tuple[str, ...]:
+    everything = capability == 90 or os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
+    return EVERY_CALL if everything else ("tables",)
+
+
+@functools.cache
+def recorded(capability: int) -> Recording:
+    return ahead_of_time.record(capability, sources(capability))
+
+
+@functools.cache
+def compiled(capability: int) -> dict[Variant, ahead_of_time.Compiled]:
+    return ahead_of_time.compile_all(capability, recorded(capability).variants, READ)
+
+
+def variants(capability: int, kernel: str) -> dict[Variant, ahead_of_time.Compiled]:
+    found = {each: result for each, result in compiled(capability).items() if each.kernel == kernel}
+    if not found and sources(capability) == ("tables",):
+        pytest.skip("not in the launch tables")
+    return found
+
+
+def assert_none(failed: list[tuple[Variant, str]], capability: int) -> None:
+    """Tell of every variant that failed, and of the call that launches it."""
+    calls = recorded(capability).variants
+    lines = [f"{why}: {variant.describe()}\n    launched by {calls[variant]}" for variant, why in failed]
+    assert not failed, "\n".join(lines)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_every_launch_compiles_and_fits_the_card(capability: int, kernel: str) -> None:
+    """Also without a stack, but for `STACKS`: what spills is slow, and nothing else needs one."""
+    found = variants(capability, kernel)
+    assert found, "nothing launches it"
+    failed = []
+    for variant, result in found.items():
+        if result.error:
+            failed.append((variant, result.error))
+        elif result.shared > ahead_of_time.SHARED_MEMORY[capability]:
+            failed.append((variant, f"{result.shared} bytes of shared memory"))
+        elif result.tensor_memory > ahead_of_time.TENSOR_MEMORY_COLUMNS:
+            failed.append((variant, f"{result.tensor_memory} columns of tensor memory"))
+        elif result.local or result.stack > STACKS.get(kernel, 0):
+            failed.append((variant, f"a stack of {result.stack} bytes, {result.registers} registers"))
+    assert_none(failed, capability)
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_every_kernel_of_the_package_is_compiled(capability: int) -> None:
+    assert {each.kernel for each in recorded(capability).variants} <= set(KERNELS)
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_no_grid_is_too_large(capability: int) -> None:
+    assert not recorded(capability).refused
+
+
+@pytest.mark.parametrize("kernel", FUSED)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_fused_kernels_multiply_on_tensor_cores_and_copy_ahead(capability: int, kernel: str) -> None:
+    """Rows arrive by asynchronous copies of 16 bytes, while tiles before them are multiplied."""
+    failed = []
+    for variant, result in variants(capability, kernel).items():
+        if not result.count(MATRIX_INSTRUCTION[capability]):
+            failed.append((variant, f"no {MATRIX_INSTRUCTION[capability]}"))
+        if not result.count(COPY):
+            failed.append((variant, "no asynchronous copies of 16 bytes"))
+        if result.count(r"LDG\.E\.U16"):
+            failed.append((variant, "loads of single 16-bit numbers"))
+    assert_none(failed, capability)
+
+
+@pytest.mark.parametrize("kernel", ["pdcr_fwd_panel_kernel", "pdcr_pairs_kernel"])
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_panels_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> None:
+    failed = [
+        (variant, "no loads of 16 bytes")
+        for variant, result in variants(capability, kernel).items()
+        if not result.count(rf"LDG\.E\.128|{COPY}")
     ]
-    return ahead_of_time.compile_all(wanted)
+    assert_none(failed, capability)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_kernel_compiled_ahead_of_time_fits_the_card(name: str, compiled: dict[str, dict]):
-    capability, spec = SPECS[name]
-    result = compiled[name]
-    assert "error" not in result, result["error"]
-    assert result["local"] == 0
-    assert result["stack"] <= STACK, "spills"
-    assert result["stack"] == 0 or result["registers"] <= 96, "spills for want of registers"
-    assert result["spilled"] <= STACK // 2, "spills"
-    assert result["shared"] <= ahead_of_time.SHARED_MEMORY[capability]
-    assert result["tensor_memory"] <= ahead_of_time.TENSOR_MEMORY_COLUMNS
-    for instruction in spec.instructions:
-        assert any(found.startswith(instruction) for found in result["instructions"]), instruction
-    assert len(result["instructions"]) > 5, "a bare trap"
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_vectors_are_read_in_words_where_their_strides_allow(capability: int) -> None:
+    """Of dense vectors whose channels are a multiple of 16, as everyday ones are."""
+    failed, checked = [], 0
+    for variant, result in variants(capability, "pdcr_rows_kernel").items():
+        aligned = map(variant.is_divisible, ("channels", "vectors_stride_b", "vectors_stride_n"))
+        if all(aligned) and variant.constant("vectors_stride_c") == 1:
+            checked += 1
+            if not result.count(r"LDG\.E\.(64|128)"):
+                failed.append((variant, "no wide loads"))
+    assert checked > 0
+    assert_none(failed, capability)
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_every_entry_of_the_launch_tables_is_compiled(capability: int) -> None:
+    from contrastseg_fast.kernels import pdcr
+
+    for table, kernel in ((pdcr.FORWARD, "pdcr_fwd_kernel"), (pdcr.BACKWARD, "pdcr_bwd_kernel")):
+        launched = {
+            pdcr.Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
+                        *(each.option(name) for name in ("num_warps", "num_stages")))
+            for each in variants(capability, kernel)
+        }  # fmt: skip
+        wanted = {launch for by_width in table[capability].values() for launch in by_width.values()}
+        assert wanted <= launched
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_of_a_call(name: str) -> None:
+    """Fewer is better: lower the numbers when a change earns it."""
+    count: Count = recorded(90).counts[name]
+    assert (sum(count.triton.values()), sum(count.aten.values())) == LAUNCHES[name], count
+
+
+def test_cards_are_known() -> None:
+    assert set(PROCESSORS) == set(ahead_of_time.CAPABILITIES) == set(ahead_of_time.SHARED_MEMORY)

@@ -166,27 +166,12 @@ def test_strided_inputs_and_expanded_gradients():
 @pytest.mark.parametrize(
     ("options", "classes"), [(PAPER, 2), (PAPER, 3), ((0.004, *PAPER[1:]), 2)], ids=["2", "3", "overflowing"]
 )
-def test_tiles_of_equal_ratios_are_left_out(classes, options, deterministic, monkeypatch):
-    monkeypatch.setattr(kernels, "SORT_FROM", 1)
-    found = []
-    runs = kernels._runs
-    monkeypatch.setattr(kernels, "_runs", lambda *inputs: found.append(runs(*inputs)) or found[-1])
+def test_whole_tiles_of_equal_ratios(classes, options, deterministic):
     vectors, _ = make_inputs(1, 450, 20, classes, torch.float16)
-    ratios = torch.nn.functional.one_hot((torch.rand(1, 450) > 0.4).long(), classes).float()
+    ratios = torch.nn.functional.one_hot((torch.arange(450)[None] > 180).long(), classes).float()
     ratios[:, :20] = torch.rand(1, 20, classes).softmax(-1)
     for valid in (None, torch.arange(450)[None] % 10 > 0):
         assert_as_exact_as_plain(vectors, ratios, valid, options, "triton")
-    assert all((first_and_last.diff(dim=-1) > 0).any() for first_and_last in found)
-
-
-def test_runs_cover_whole_tiles_of_equal_ratios_only():
-    launch = kernels.Launch(128, 64, 4, 1)
-    values = torch.cat([torch.full((300,), 0.1), torch.full((40,), 0.2), torch.full((172,), 0.3)])
-    phi = torch.stack([values, 1 - values])[None]
-    # Rows 0 to 299 are alike (row tiles 0 and 1, column tiles 0 to 3), and rows 340 to 511 (3; 6 and 7).
-    actual = kernels._runs(phi, launch)[0]
-    assert actual[[0, 1, 3]].tolist() == [[0, 4], [0, 4], [6, 8]]
-    assert actual[2, 0] == actual[2, 1]
 
 
 @pytest.mark.parametrize(("most", "height"), [(1, 32), (2 * 384 * 4 * 96, 96), (2 * 384 * 4 * 140, 128)])
@@ -217,8 +202,6 @@ def test_deterministic_bits():
 @pytest.mark.parametrize("channels", [8, 300])
 def test_pair_weights_fit_fp16(count, channels):
     form = kernels._form(PAPER, torch.empty(1, count, channels, dtype=torch.float16), 2)
-    assert form.skips == (channels == 8)
-    assert (form.offset == 0) == form.skips
     scale, undo = kernels._weight_scale(torch.float16, form, count)
     largest = (
         count * form.factor * 2 + 2 * form.factor + abs(form.offset)

@@ -223,6 +223,7 @@ def _options(channels_last: bool, launch: Launch, *features: Tensor) -> dict[str
         "BLOCK_C": launch.block_c,
         "BLOCK_L": launch.block_l,
         "num_warps": launch.num_warps,
+        "enable_fp_fusion": True,
     }
 
 
@@ -232,10 +233,10 @@ def forward(x: Tensor, z: Tensor, channels_last: bool, gated: Tensor, uncertaint
     grid, sizes = _grid(x, launch.block_l)
     with on(x):
         entropy_gate_fwd_kernel[grid](
-            x,
-            z,
-            gated,
-            uncertainty,
+            p_x=x,
+            p_z=z,
+            p_y=gated,
+            p_u=uncertainty,
             **sizes,
             M=z.shape[1],
             x_b=x.stride(0),
@@ -265,12 +266,12 @@ def backward(
     du = x if grad_uncertainty is None else grad_uncertainty
     with on(x):
         entropy_gate_bwd_kernel[grid](
-            g,
-            du,
-            x,
-            z,
-            grad_x,
-            grad_z,
+            p_g=g,
+            p_du=du,
+            p_x=x,
+            p_z=z,
+            p_y=grad_x,
+            p_dz=grad_z,
             **sizes,
             M=z.shape[1],
             g_b=g.stride(0),

@@ -511,6 +511,11 @@ def _strides(x: Tensor, dims: int) -> tuple[int, ...]:
     return (strides[0], *channels, *_three(strides[x.ndim - dims :], 0))
 
 
+def _named(name: str, axes: str, values: Sequence[int]) -> dict[str, int]:
+    """Arguments of a kernel by name, one per axis: `source_stride_b` and so on."""
+    return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
 def _fixed_point(
     labels: Tensor, extents: Sequence[int], num_classes: int, ignore_index: int | None, scale: float
 ) -> Tensor:
@@ -521,18 +526,19 @@ def _fixed_point(
     grid = triton.cdiv(pixels, FIXED_POINT_ELEMENTS) * labels.shape[0]
     if grid > 0:
         fixed_point_kernel[(grid,)](
-            labels,
-            words,
-            pixels,
-            scale,
-            *_three(extents, 1)[1:],
-            *_strides(labels, len(extents)),
-            num_classes,
-            ignore_index or 0,
+            labels_ptr=labels,
+            words_ptr=words,
+            num_pixels=pixels,
+            scale=scale,
+            **_named("extent", "yx", _three(extents, 1)[1:]),
+            **_named("labels_stride", "bmzyx", _strides(labels, len(extents))),
+            num_classes=num_classes,
+            ignore_index=ignore_index or 0,
             LABEL=_comparison_type(labels.dtype),
             HAS_IGNORE=has_ignore,
             BLOCK=FIXED_POINT_ELEMENTS,
             num_warps=FIXED_POINT_WARPS,
+            enable_fp_fusion=True,
         )
     return words
 
@@ -548,24 +554,26 @@ def _sum_up(
     def lines(strides: Sequence[int]) -> list[int]:
         return [*_three([strides[other] for other in others], 0)[1:], strides[axis]]
 
+    label_strides = (0, 0, 0, 0) if labels is None else (labels.stride(0), *lines(labels.stride()[1:]))
     launch = sum_launch(extents[axis], along_rows)
     num_lines = math.prod(extents[other] for other in others)
     running_sum_kernel[(triton.cdiv(num_lines, launch.block_lines) * words.shape[0] * words.shape[1],)](
-        labels,
-        words,
-        words.shape[1],
-        first_word,
-        math.prod(extents),
-        num_lines,
-        extents[others[-1]] if others else 1,
-        extents[axis],
-        *((0, 0, 0, 0) if labels is None else (labels.stride(0), *lines(labels.stride()[1:]))),
-        *lines(words.stride()[2:]),
+        labels_ptr=labels,
+        words_ptr=words,
+        num_words=words.shape[1],
+        first_word=first_word,
+        num_pixels=math.prod(extents),
+        num_lines=num_lines,
+        columns=extents[others[-1]] if others else 1,
+        length=extents[axis],
+        **_named("labels_stride", "brcl", label_strides),
+        **_named("words_stride", "rcl", lines(words.stride()[2:])),
         **counting,
         ALONG_ROWS=along_rows,
         BLOCK_LINES=launch.block_lines,
         BLOCK_LENGTH=launch.block_length,
         num_warps=launch.num_warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -621,19 +629,19 @@ def foreground_ratio(
             for axis in range(summed_axes):
                 _sum_up(labels if axis == 0 and not soft else None, source, axis, first_word, counting)
             box_ratio_kernel[(triton.cdiv(num_boxes, block_boxes) * images * num_words,)](
-                source,
-                starts,
-                ratios,
-                valid_fraction,
-                num_boxes,
-                num_words,
-                first_word,
-                1 / scale,
-                math.prod(size),
-                *_three(extents, 1),
-                *_three(size, 1),
-                *_strides(source, dims),
-                *(starts.stride() if starts.ndim == 3 else (0, *starts.stride())),
+                source_ptr=source,
+                starts_ptr=starts,
+                ratios_ptr=ratios,
+                valid_ptr=valid_fraction,
+                num_boxes=num_boxes,
+                num_words=num_words,
+                first_word=first_word,
+                unit=1 / scale,
+                area=math.prod(size),
+                **_named("extent", "zyx", _three(extents, 1)),
+                **_named("size", "zyx", _three(size, 1)),
+                **_named("source_stride", "bwzyx", _strides(source, dims)),
+                **_named("starts_stride", "bnd", (*(0,) * (3 - starts.ndim), *starts.stride())),
                 **counting,
                 DIMS=dims,
                 SUMMED=summed_axes,
@@ -645,5 +653,6 @@ def foreground_ratio(
                 BLOCK_X=block_x,
                 FIELDS=triton.next_power_of_2(fields.classes_per_word + 1),
                 num_warps=BOX_WARPS,
+                enable_fp_fusion=True,
             )
     return ratios, valid_fraction

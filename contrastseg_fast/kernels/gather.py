@@ -164,17 +164,20 @@ def gather_vectors(features: Tensor, position: Tensor) -> Tensor:
     if images * blocks > 0:
         with on(features):
             gather_kernel[(images * blocks,)](
-                flat,
-                position.contiguous(),
-                vectors,
-                num_vectors,
-                num_positions,
-                channels,
-                *flat.stride(),
+                features_ptr=flat,
+                position_ptr=position.contiguous(),
+                vectors_ptr=vectors,
+                num_vectors=num_vectors,
+                num_positions=num_positions,
+                channels=channels,
+                features_stride_b=flat.stride(0),
+                features_stride_c=flat.stride(1),
+                features_stride_s=flat.stride(2),
                 CHANNELS_LAST=channels_last,
                 BLOCK_N=launch.block_positions,
                 BLOCK_C=launch.block_channels,
                 num_warps=launch.num_warps,
+                enable_fp_fusion=True,
             )
     return vectors
 
@@ -198,20 +201,29 @@ def gather_vectors_backward(
         found = torch.full((2, num_positions), -1, dtype=torch.int32, device=grad.device)
         if num_vectors > 0:
             locate_kernel[(triton.cdiv(num_vectors, LOCATE[0]),)](
-                position, found, num_vectors, num_positions, BLOCK_N=LOCATE[0], num_warps=LOCATE[1]
+                position_ptr=position,
+                found_ptr=found,
+                num_vectors=num_vectors,
+                num_positions=num_positions,
+                BLOCK_N=LOCATE[0],
+                num_warps=LOCATE[1],
+                enable_fp_fusion=True,
             )
         gather_bwd_kernel[(images * blocks,)](
-            grad,
-            position,
-            found,
-            features_grad,
-            num_vectors,
-            num_positions,
-            channels,
-            *grad.stride(),
+            grad_ptr=grad,
+            position_ptr=position,
+            found_ptr=found,
+            features_grad_ptr=features_grad,
+            num_vectors=num_vectors,
+            num_positions=num_positions,
+            channels=channels,
+            grad_stride_b=grad.stride(0),
+            grad_stride_n=grad.stride(1),
+            grad_stride_c=grad.stride(2),
             CHANNELS_LAST=channels_last,
             BLOCK_S=launch.block_positions,
             BLOCK_C=launch.block_channels,
             num_warps=launch.num_warps,
+            enable_fp_fusion=True,
         )
     return features_grad

@@ -8,18 +8,22 @@ What is computed, with `u = v / |v|`, `x_ij = u_i . u_j - shift`, distances `d_i
            - 2 num_bias S
 
 where `S = sum_j u_j` stands for the constant part of the numerator's weights: no tile has to form it. In the
-paper's form t and the bracket vanish where d = 0, so tiles of equal ratios are left out, exactly. Where none
-can be, most of the last term goes into the bracket, and in other forms all of it, which it nearly cancels:
-the bracket is rounded to 16 bits, and so should be small.
+paper's form most of the last term goes into the bracket, and in other forms all of it, which it nearly
+cancels: the bracket is rounded to 16 bits, and so should be small.
 
 16-bit vectors of up to 256 channels go through fused kernels (tensor cores, epilogue in registers). All
 others go through panels: cuBLAS writes some rows of similarities, a kernel turns them into powers or pair
 weights, cuBLAS multiplies. The forward pass visits the pairs (i, j) and (j, i) together, and so do the
 backward panels; the fused backward kernel owns whole rows. Only the forward pass has float atomics, and not
-where deterministic algorithms are asked for, nor where sums of powers need a running maximum.
+where deterministic algorithms are asked for, nor where sums of powers need a running maximum. Every pair is
+visited: tiles of equal ratios, whose exponents are all 0, cost more to find than they save (NOTES.md).
+
+Tensor cores truncate where fp32 units round, so products of 16-bit vectors come out smaller than they are, by
+up to C 2^-27 for parallel vectors. The gradient's own rounding hides that; the loss shows it at low
+temperatures (tests/tensor_cores.py).
 
 Rows are multiplied as `v'' = v 2^-k` with k such that 1 <= |v''| < 2, which is exact in 16 bits, and
-`scale = 1 / |v''|` is applied to the products in fp32. A negative scale marks a row that takes no part.
+`scale = 1 / |v''|` is applied to the products in fp32. A negative scale marks a row that is excluded.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from contrastseg_fast.kernels._tuning import Launch, tuned
 from contrastseg_fast.kernels.pdcr_kernels import (
     pdcr_bwd_kernel,
     pdcr_fwd_kernel,
+    pdcr_fwd_panel_kernel,
     pdcr_grad_kernel,
     pdcr_loss_kernel,
     pdcr_pairs_kernel,
@@ -46,11 +51,9 @@ from contrastseg_fast.kernels.pdcr_kernels import (
 LOG2_E = math.log2(math.e)
 _PAD = 128  # rows are padded to a multiple of every BLOCK_I and BLOCK_J
 _WIDEST_FUSED = 256  # channels
-_UNROLLED_CLASSES = 4
+_UNROLLED_CLASSES = 8
 _LARGEST_EXPONENT = 85.0  # of e; sums of that many powers stay finite in fp32
 _PANEL_BYTES = (16 << 20, 64 << 20)  # least and most, for the similarities of one panel
-
-SORT_FROM = 8192  # vectors of an image; below, finding tiles of equal ratios costs more than it saves
 
 
 # By compute capability; then whether the mode is the paper's (plain exponents, at most two classes, no
@@ -95,12 +98,14 @@ PANEL_PAIRS = Launch(32, 128, 4, 1)
 ROWS = (16, 128, 4)  # rows and channels of a program, warps
 
 
+_PAIR_WEIGHTS = ("bias", "slope", "shift", "unequal", "pull", "offset")
+
+
 class _Form(NamedTuple):
     """The operator's options as the kernels take them."""
 
     categorical: bool
     plain: bool  # t = x d log2(e) / tau, with that factor in the ratios
-    skips: bool  # whether vectors are sorted, so that tiles of equal ratios can be left out
     stable: bool  # whether sums of powers could leave the range of fp32
     phi_scale: float
     bias: float
@@ -114,9 +119,9 @@ class _Form(NamedTuple):
     attraction_scale: float
 
     @property
-    def pair_weights(self) -> tuple[float, ...]:
-        """What the pair weights take, in the kernels' order."""
-        return self.bias, self.slope, self.shift, self.unequal, self.pull, self.offset
+    def pair_weights(self) -> dict[str, float]:
+        """What the kernels of the pair weights take, by the names of their arguments."""
+        return {name: getattr(self, name) for name in _PAIR_WEIGHTS}
 
 
 def _form(options: tuple[Any, ...], vectors: Tensor, num_classes: int) -> _Form:
@@ -126,16 +131,14 @@ def _form(options: tuple[Any, ...], vectors: Tensor, num_classes: int) -> _Form:
     weight = max(abs(den_bias), abs(den_bias + den_slope * farthest))
     largest = weight * (1 + abs(shift)) / temperature + math.log(max(num_vectors, 1))
     plain = den_bias == 0 and den_slope == 1 and shift == 0
-    skips = plain and not categorical and fused(vectors) and num_vectors >= SORT_FROM
     apart = 0.0
     if plain and not categorical:  # most categories are unlike: their weights are smallest with all of it
-        apart = num_bias if skips else num_bias / 4  # by trial
+        apart = num_bias / 4  # by trial
     factor = LOG2_E / temperature
     scale = factor if plain else 1.0
     return _Form(
         categorical=categorical,
         plain=plain,
-        skips=skips,
         stable=not largest <= _LARGEST_EXPONENT,
         phi_scale=1.0 if categorical else distance_scale * scale,
         bias=den_bias * factor,
@@ -165,36 +168,11 @@ class _Prepared(NamedTuple):
     sums: Tensor  # (B, width)
     num_valid: Tensor  # (B,)
     z: Tensor | None  # (B, P)
-    order: Tensor | None  # (B, N)
 
 
 def fused(vectors: Tensor) -> bool:
     """Whether the fused kernels take these vectors; else the panels do."""
     return vectors.dtype in (torch.float16, torch.bfloat16) and vectors.shape[2] <= _WIDEST_FUSED
-
-
-def _order(ratios: Tensor, valid: Tensor | None) -> Tensor:
-    """Vectors of equal ratios together, those that take no part last."""
-    weights = torch.arange(2, ratios.shape[-1] + 2, device=ratios.device).sqrt()
-    keys = (ratios * weights).sum(-1)
-    if valid is not None:
-        keys = keys.masked_fill(~valid, torch.inf)
-    return keys.sort(dim=-1, stable=True).indices
-
-
-def _runs(phi: Tensor, launch: Launch) -> Tensor:
-    """For every row tile `(B, T, 2)` the column tiles [first, last) whose ratios all equal all of its own."""
-    changes = (phi[..., 1:] != phi[..., :-1]).any(1)
-    positions = torch.arange(1, phi.shape[-1], device=phi.device)
-    starts = torch.nn.functional.pad(torch.where(changes, positions, 0), (1, 0)).cummax(-1).values
-    first = starts[:, :: launch.block_i].contiguous()
-    last = torch.searchsorted(starts, first, right=True)
-    begin = torch.arange(0, phi.shape[-1], launch.block_i, device=phi.device)
-    whole = (first <= begin) & (last >= begin + launch.block_i)
-    # Whole row tiles only: a skipped pair is counted by the row tiles on either side of it.
-    first, last = -(first // -launch.block_i), last // launch.block_i
-    per_row_tile = launch.block_i // launch.block_j
-    return torch.stack([first, torch.where(whole, last, first)], -1).mul(per_row_tile).int()
 
 
 def _prepare(
@@ -205,7 +183,6 @@ def _prepare(
     width = max(16, triton.next_power_of_2(channels)) if fused(vectors) else 8 * triton.cdiv(channels, 8)
     num_classes = ratios.shape[-1]
     new = vectors.new_empty
-    order = _order(ratios, valid) if form.skips else None
     if valid is None:
         count = torch.full((batch,), num_vectors, dtype=torch.int64, device=vectors.device)
     else:
@@ -219,34 +196,37 @@ def _prepare(
     phi = new(batch, num_classes, padded, dtype=torch.float32)
     sums = new(batch, blocks, width, dtype=torch.float32)
     pdcr_rows_kernel[(blocks, batch)](
-        vectors,
-        ratios,
-        None if valid is None else valid.view(torch.uint8),
-        order,
-        log_z,
-        count,
-        rows,
-        scale,
-        inverse,
-        phi,
-        sums,
-        z,
-        num_vectors,
-        padded,
-        channels,
-        width,
-        num_classes,
-        *vectors.stride(),
-        *ratios.stride(),
-        form.phi_scale,
-        -1.0 if form.plain else 0.0,  # equal to no other, for runs; within their range, for exponents
+        vectors_ptr=vectors,
+        ratios_ptr=ratios,
+        valid_ptr=None if valid is None else valid.view(torch.uint8),
+        log_z_ptr=log_z,
+        count_ptr=count,
+        rows_ptr=rows,
+        scale_ptr=scale,
+        inverse_ptr=inverse,
+        phi_ptr=phi,
+        sums_ptr=sums,
+        z_ptr=z,
+        num_vectors=num_vectors,
+        padded=padded,
+        channels=channels,
+        width=width,
+        num_classes=num_classes,
+        vectors_stride_b=vectors.stride(0),
+        vectors_stride_n=vectors.stride(1),
+        vectors_stride_c=vectors.stride(2),
+        ratios_stride_b=ratios.stride(0),
+        ratios_stride_n=ratios.stride(1),
+        ratios_stride_m=ratios.stride(2),
+        phi_scale=form.phi_scale,
         UNIT=vectors.dtype == torch.float32,
         STABLE=form.stable,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
-    return _Prepared(rows, scale, inverse, phi, sums.sum(1), count, z, order)
+    return _Prepared(rows, scale, inverse, phi, sums.sum(1), count, z)
 
 
 def _launch(
@@ -304,6 +284,16 @@ def _modes(form: _Form, num_classes: int) -> dict[str, Any]:
     }
 
 
+def _options(launch: Launch) -> dict[str, Any]:
+    return {
+        "BLOCK_I": launch.block_i,
+        "BLOCK_J": launch.block_j,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def _sum_powers(
     prepared: _Prepared, form: _Form, symmetric: bool, launch: Launch, from_panels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -318,47 +308,37 @@ def _sum_powers(
     chunks = triton.cdiv(column_tiles, per_program)
     zeros = rows.new_zeros(batch * (padded + row_tiles * chunks), dtype=torch.float32)
     z, attraction = zeros[: batch * padded].view(batch, padded), zeros[batch * padded :].view(batch, -1)
-    runs = _runs(phi, launch) if prepared.order is not None else None
-
-    def add(first: int, first_column: int, panel: Tensor | None) -> None:
-        tiles = row_tiles if panel is None else panel.shape[1] // launch.block_i
-        pdcr_fwd_kernel[(tiles, chunks, batch)](
-            rows if panel is None else None,
-            panel,
-            prepared.scale,
-            phi,
-            runs,
-            prepared.order,
-            prepared.num_valid,
-            z,
-            attraction,
-            first // launch.block_i,
-            first_column,
-            padded,
-            0 if panel is None else panel.stride(0),
-            0 if panel is None else panel.stride(1),
-            phi.shape[1],
-            per_program,
-            form.bias,
-            form.slope,
-            form.shift,
-            form.unequal,
-            WIDTH=0 if from_panels else width,
-            **_modes(form, phi.shape[1]),
-            SYMMETRIC=symmetric,
-            BLOCK_I=launch.block_i,
-            BLOCK_J=launch.block_j,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            enable_fp_fusion=True,
-        )
-
+    arguments = {
+        "scale_ptr": prepared.scale,
+        "phi_ptr": phi,
+        "z_ptr": z,
+        "attraction_ptr": attraction,
+        "padded": padded,
+        "num_classes": phi.shape[1],
+        "tiles_per_program": per_program,
+        "bias": form.bias,
+        "slope": form.slope,
+        "shift": form.shift,
+        "unequal": form.unequal,
+        **_modes(form, phi.shape[1]),
+        "SYMMETRIC": symmetric,
+        **_options(launch),
+    }
     if not from_panels:
-        add(0, 0, None)
+        pdcr_fwd_kernel[(row_tiles, chunks, batch)](rows_ptr=rows, WIDTH=width, **arguments)
         return z, attraction
-    block_j = launch.block_j
-    for panel in _panels(prepared, lambda first: first // block_j * block_j if symmetric else 0):
-        add(*panel)
+    block_i, block_j = launch.block_i, launch.block_j
+    for first, column, panel in _panels(
+        prepared, lambda first: first // block_j * block_j if symmetric else 0
+    ):
+        pdcr_fwd_panel_kernel[(panel.shape[1] // block_i, chunks, batch)](
+            panel_ptr=panel,
+            first_tile=first // block_i,
+            first_column=column,
+            panel_stride_b=panel.stride(0),
+            panel_stride_n=panel.stride(1),
+            **arguments,
+        )
     return z, attraction
 
 
@@ -385,53 +365,47 @@ def forward(vectors: Tensor, ratios: Tensor, valid: Tensor | None, *options: Any
             )
         z, attraction = _sum_powers(prepared, form, symmetric, launch, from_panels)
         pdcr_loss_kernel[(batch,)](
-            z,
-            prepared.scale,
-            prepared.order,
-            prepared.num_valid,
-            prepared.sums,
-            attraction,
-            loss,
-            log_z,
-            num_vectors,
-            *prepared.rows.shape[1:],
-            attraction.shape[1],
-            1 / temperature,
-            num_bias,
-            form.attraction_scale,
-            form.shift,
+            z_ptr=z,
+            scale_ptr=prepared.scale,
+            count_ptr=prepared.num_valid,
+            sums_ptr=prepared.sums,
+            attraction_ptr=attraction,
+            loss_ptr=loss,
+            log_z_ptr=log_z,
+            num_vectors=num_vectors,
+            padded=prepared.rows.shape[1],
+            width=prepared.rows.shape[2],
+            num_parts=attraction.shape[1],
+            inverse_temperature=1 / temperature,
+            num_bias=num_bias,
+            attraction_scale=form.attraction_scale,
+            shift=form.shift,
             LOGGED=not symmetric,
             BLOCK=1024,
+            enable_fp_fusion=True,
         )
     return loss, log_z
 
 
 def _multiply_pairs(prepared: _Prepared, form: _Form, weight_scale: float, launch: Launch) -> Tensor:
     """g `(B, P, width)` but for its constant part, times the scale of its row, by the fused kernel."""
-    rows, scale, _, phi, _, num_valid, z, order = prepared
+    rows, phi = prepared.rows, prepared.phi
     batch, padded, width = rows.shape
     g = rows.new_empty(rows.shape, dtype=torch.float32)
     pdcr_bwd_kernel[(padded // launch.block_i, batch)](
-        rows,
-        scale,
-        phi,
-        z,
-        _runs(phi, launch) if order is not None else None,
-        order,
-        num_valid,
-        g,
-        padded,
-        phi.shape[1],
-        *form.pair_weights,
-        weight_scale,
+        rows_ptr=rows,
+        scale_ptr=prepared.scale,
+        phi_ptr=phi,
+        z_ptr=prepared.z,
+        g_ptr=g,
+        padded=padded,
+        num_classes=phi.shape[1],
+        **form.pair_weights,
+        weight_scale=weight_scale,
         WIDTH=width,
         **_modes(form, phi.shape[1]),
         STABLE=form.stable,
-        BLOCK_I=launch.block_i,
-        BLOCK_J=launch.block_j,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        enable_fp_fusion=True,
+        **_options(launch),
     )
     return g
 
@@ -446,25 +420,21 @@ def _multiply_panels(prepared: _Prepared, form: _Form, weight_scale: float) -> T
         height, columns = panel.shape[1:]
         pairs = panel if rows.dtype == torch.float32 else torch.empty_like(panel, dtype=rows.dtype)
         pdcr_pairs_kernel[(triton.cdiv(columns, launch.block_j), height // launch.block_i, batch)](
-            panel,
-            pairs,
-            prepared.scale,
-            prepared.phi,
-            prepared.z,
-            first,
-            padded,
-            panel.stride(0),
-            panel.stride(1),
-            prepared.phi.shape[1],
-            *form.pair_weights,
-            weight_scale,
+            panel_ptr=panel,
+            weights_ptr=pairs,
+            scale_ptr=prepared.scale,
+            phi_ptr=prepared.phi,
+            z_ptr=prepared.z,
+            first_row=first,
+            padded=padded,
+            panel_stride_b=panel.stride(0),
+            panel_stride_n=panel.stride(1),
+            num_classes=prepared.phi.shape[1],
+            **form.pair_weights,
+            weight_scale=weight_scale,
             **_modes(form, prepared.phi.shape[1]),
             STABLE=form.stable,
-            BLOCK_I=launch.block_i,
-            BLOCK_J=launch.block_j,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            enable_fp_fusion=True,
+            **_options(launch),
         )
         last = first + height
         _add_product(g[:, first:last], pairs, rows[:, first:])
@@ -499,25 +469,25 @@ def backward(
             g = _multiply_panels(prepared, form, weight_scale)
         block_n, block_c, num_warps = ROWS
         pdcr_grad_kernel[(rows.shape[1] // block_n, batch)](
-            g,
-            rows,
-            prepared.scale,
-            prepared.inverse,
-            prepared.sums,
-            prepared.order,
-            prepared.num_valid,
-            grad,
-            out,
-            num_vectors,
-            rows.shape[1],
-            channels,
-            rows.shape[2],
-            grad.stride(0),
-            form.apart,
-            row_scale,
-            1 / temperature,
+            g_ptr=g,
+            rows_ptr=rows,
+            scale_ptr=prepared.scale,
+            inverse_ptr=prepared.inverse,
+            sums_ptr=prepared.sums,
+            count_ptr=prepared.num_valid,
+            grad_ptr=grad,
+            out_ptr=out,
+            num_vectors=num_vectors,
+            padded=rows.shape[1],
+            channels=channels,
+            width=rows.shape[2],
+            grad_stride=grad.stride(0),
+            num_bias=form.apart,
+            row_scale=row_scale,
+            inverse_temperature=1 / temperature,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             num_warps=num_warps,
+            enable_fp_fusion=True,
         )
     return out

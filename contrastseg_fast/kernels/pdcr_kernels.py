@@ -1,7 +1,7 @@
 """The kernels of kernels/pdcr.py, which says what they compute; each gets tile sizes that divide P.
 
 B images, N vectors of C channels, M classes; P is N padded, `width` or WIDTH is C padded. `t`, `d` and `Z`
-are those of kernels/pdcr.py. Rows from N to P, and of vectors that take no part, are zero with scale -1.
+are those of kernels/pdcr.py. Rows from N to P, and of excluded vectors, are zero with scale -1.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import triton.language as tl
 from contrastseg_fast.kernels._common import dot, dot_add, narrow
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_classes", "vectors_stride_b", "ratios_stride_b"])
+@triton.jit(do_not_specialize=["num_vectors", "num_classes", *(f"ratios_stride_{axis}" for axis in "bnm")])
 def pdcr_rows_kernel(
     vectors_ptr,  # (B, N, C), any strides
     ratios_ptr,  # (B, N, M), any strides
     valid_ptr,  # (B, N) or None
-    order_ptr,  # (B, N) or None
     log_z_ptr,  # (B, N), or None in the forward pass
     count_ptr,  # (B,)
     rows_ptr,  # (B, P, width)
@@ -38,7 +37,6 @@ def pdcr_rows_kernel(
     ratios_stride_n,
     ratios_stride_m,
     phi_scale,
-    absent,  # the scaled ratio of what takes no part
     UNIT: tl.constexpr,  # whether to write v / |v|, with scale 1
     STABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,19 +46,15 @@ def pdcr_rows_kernel(
     block = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    inside = n < num_vectors
-    source = n.to(tl.int64)
-    if order_ptr is not None:
-        source = tl.load(order_ptr + image * num_vectors + n, inside, 0).to(tl.int64)
-    takes_part = inside
+    included = n < num_vectors
     if valid_ptr is not None:
-        takes_part = inside & (tl.load(valid_ptr + image * num_vectors + source, inside, 0) != 0)
-    vector_ptrs = vectors_ptr + image * vectors_stride_b + source * vectors_stride_n  # [BLOCK_N]
+        included = included & (tl.load(valid_ptr + image * num_vectors + n, included, 0) != 0)
+    vector_ptrs = vectors_ptr + image * vectors_stride_b + n.to(tl.int64) * vectors_stride_n  # [BLOCK_N]
 
     largest = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        mask = takes_part[:, None] & (c < channels)[None, :]  # [BLOCK_N, BLOCK_C]
+        mask = included[:, None] & (c < channels)[None, :]  # [BLOCK_N, BLOCK_C]
         v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
@@ -69,7 +63,7 @@ def pdcr_rows_kernel(
     square = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        mask = takes_part[:, None] & (c < channels)[None, :]
+        mask = included[:, None] & (c < channels)[None, :]
         v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
         v = v * shrink[:, None]
         square += tl.sum(v * v, 1)
@@ -80,7 +74,7 @@ def pdcr_rows_kernel(
 
     for first in range(0, width, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        mask = takes_part[:, None] & (c < channels)[None, :]
+        mask = included[:, None] & (c < channels)[None, :]
         v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
         row = v * shrink[:, None] * shrink_more[:, None]
         unit = row * scale[:, None]
@@ -95,24 +89,30 @@ def pdcr_rows_kernel(
     inverse = tl.where(square == 0, 0.0, scale * (shrink * shrink_more))
     if UNIT:
         scale = tl.where(square == 0, 0.0, 1.0)
-    tl.store(scale_ptr + image * padded + n, tl.where(takes_part, scale, -1.0), n < padded)
-    tl.store(inverse_ptr + image * padded + n, tl.where(takes_part, inverse, 0.0), n < padded)
-    ratio_ptrs = ratios_ptr + image * ratios_stride_b + source * ratios_stride_n
+    tl.store(scale_ptr + image * padded + n, tl.where(included, scale, -1.0), n < padded)
+    tl.store(inverse_ptr + image * padded + n, tl.where(included, inverse, 0.0), n < padded)
+    ratio_ptrs = ratios_ptr + image * ratios_stride_b + n.to(tl.int64) * ratios_stride_n
     class_ptr = phi_ptr + image * num_classes * padded
     for _ in range(num_classes):
-        phi = tl.load(ratio_ptrs, takes_part, 0).to(tl.float32)
-        phi = tl.where(takes_part, phi * phi_scale, absent)
-        tl.store(class_ptr + n, phi, n < padded)
+        phi = tl.load(ratio_ptrs, included, 0).to(tl.float32)
+        tl.store(class_ptr + n, phi * phi_scale, n < padded)
         ratio_ptrs += ratios_stride_m
         class_ptr += padded
     if log_z_ptr is not None:
-        log_z = tl.load(log_z_ptr + image * num_vectors + source, takes_part, 0)
+        log_z = tl.load(log_z_ptr + image * num_vectors + n, included, 0)
         count = tl.load(count_ptr + image).to(tl.float32)
         if STABLE:
-            z = tl.where(takes_part, log_z * 1.4426950408889634 - tl.log2(count), float("inf"))
+            z = tl.where(included, log_z * 1.4426950408889634 - tl.log2(count), float("inf"))
         else:
-            z = tl.where(takes_part, count * tl.exp(-log_z), 0.0)
+            z = tl.where(included, count * tl.exp(-log_z), 0.0)
         tl.store(z_ptr + image * padded + n, z, n < padded)
+
+
+@triton.jit
+def _load_rows(rows_ptr, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of rows, [BLOCK, WIDTH], as they are multiplied."""
+    first = tl.cast(tile, tl.int64) * (BLOCK * WIDTH)
+    return tl.load(rows_ptr + first + tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
@@ -146,29 +146,61 @@ def _exponent(similarity, distance, bias, slope, shift, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _skipped(runs_ptr, index, start, stop):
-    """The column tiles within [start, stop) whose ratios all equal those of a row tile."""
-    first = tl.minimum(tl.maximum(tl.load(runs_ptr + 2 * index), start), stop)
-    last = tl.minimum(tl.maximum(tl.load(runs_ptr + 2 * index + 1), first), stop)
-    return first, last
+def _add_pairs(
+    product,
+    distance,
+    scale_i,
+    scale_j,
+    z_ptr,  # of the column tile's rows
+    is_above,  # whether the column tile lies above the diagonal, so that it stands for two tiles
+    total,
+    highest,
+    attraction,
+    bias,
+    slope,
+    shift,
+    PLAIN: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+):
+    """Adds a tile to the sums of its row tile, [BLOCK_I] each, and to those of its columns if SYMMETRIC."""
+    similarity = product * scale_i[:, None] * scale_j[None, :]  # [BLOCK_I, BLOCK_J]
+    t, weighted = _exponent(similarity, distance, bias, slope, shift, PLAIN)
+    counts_j = tl.where(scale_j < 0, 0.0, 1.0)  # [BLOCK_J]
+    if SYMMETRIC:
+        powers = tl.exp2(t)
+        total += tl.sum(powers * counts_j[None, :], 1)
+        if is_above:
+            counts_i = tl.where(scale_i < 0, 0.0, 1.0)  # [BLOCK_I]
+            tl.atomic_add(z_ptr, tl.sum(powers * counts_i[:, None], 0), sem="relaxed")
+            counts_j *= 2.0
+    else:
+        t = tl.where(counts_j[None, :] > 0, t, float("-inf"))
+        reached = tl.maximum(highest, tl.max(t, 1))
+        base = tl.where(reached == float("-inf"), 0.0, reached)
+        total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(t - base[:, None]), 1)
+        highest = reached
+    attraction += tl.sum(weighted * counts_j[None, :], 1)
+    return total, highest, attraction
 
 
-@triton.jit(do_not_specialize=["first_tile", "first_column", "num_classes", "tiles_per_program"])
+@triton.jit
+def _store_sums(z_ptr, attraction_ptr, scale_i, total, highest, attraction, SYMMETRIC: tl.constexpr):
+    """The sums of a row tile; `z_ptr` are its rows' addresses, `attraction_ptr` its own."""
+    tl.store(attraction_ptr, tl.sum(tl.where(scale_i < 0, 0.0, attraction), 0))
+    if SYMMETRIC:
+        tl.atomic_add(z_ptr, total, sem="relaxed")
+    else:
+        tl.store(z_ptr, highest + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=["num_classes", "tiles_per_program"])
 def pdcr_fwd_kernel(
-    rows_ptr,  # (B, P, WIDTH), or None: similarities come from panel_ptr
-    panel_ptr,  # (B, panel rows, P - first_column) or None
+    rows_ptr,  # (B, P, WIDTH)
     scale_ptr,  # (B, P)
     phi_ptr,  # (B, M, P)
-    runs_ptr,  # (B, row tiles, 2) or None
-    order_ptr,  # (B, N) or None; with it, vectors that take no part come last
-    count_ptr,  # (B,)
     z_ptr,  # (B, P): sums of powers; log2 of them unless SYMMETRIC
     attraction_ptr,  # (B, row tiles, chunks), 0 where no program writes
-    first_tile,
-    first_column,  # of the panel, a multiple of BLOCK_J
     padded,
-    panel_stride_b,
-    panel_stride_n,
     num_classes,
     tiles_per_program,
     bias,
@@ -184,105 +216,129 @@ def pdcr_fwd_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """Sums of powers and the weighted similarities of a row tile with a chunk of column tiles."""
-    tile = tl.program_id(0) + first_tile
+    tile = tl.program_id(0)
     chunk = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
+    start = chunk * tiles_per_program
+    if SYMMETRIC:
+        start += tile * BLOCK_I // BLOCK_J
+    stop = tl.minimum(padded // BLOCK_J, start + tiles_per_program)
+    if start >= stop:
+        return
+    rows_ptr += image * padded * WIDTH
     scale_ptr += image * padded
     phi_ptr += image * num_classes * padded
     z_ptr += image * padded
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
-    part_i = tl.where(scale_i < 0, 0.0, 1.0)
-
-    stop = padded // BLOCK_J
-    if order_ptr is not None:
-        stop = tl.cdiv(tl.load(count_ptr + image), BLOCK_J).to(tl.int32)
-    start = chunk * tiles_per_program
-    if SYMMETRIC:
-        start += tile * BLOCK_I // BLOCK_J
-    if start >= stop:
-        return
-    stop = tl.minimum(stop, start + tiles_per_program)
-    first_skipped, num_skipped = stop, 0
-    if runs_ptr is not None:
-        index = image * (padded // BLOCK_I) + tile
-        first_skipped, last_skipped = _skipped(runs_ptr, index, start, stop)
-        num_skipped = last_skipped - first_skipped
-
-    if rows_ptr is not None:
-        c = tl.arange(0, WIDTH)
-        rows_ptr += image * padded * WIDTH
-        rows_i = tl.load(
-            rows_ptr
-            + tile.to(tl.int64) * (BLOCK_I * WIDTH)
-            + tl.arange(0, BLOCK_I)[:, None] * WIDTH
-            + c[None, :]
-        )  # [BLOCK_I, WIDTH]
-    else:
-        panel_ptr += (
-            image * panel_stride_b + (i - first_tile * BLOCK_I).to(tl.int64)[:, None] * panel_stride_n
-        )
+    rows_i = _load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
 
     total = tl.zeros([BLOCK_I], tl.float32)
     highest = tl.full([BLOCK_I], float("-inf"), tl.float32)
     attraction = tl.zeros([BLOCK_I], tl.float32)
-    for step in range(start, stop - num_skipped):
-        column_tile = step + tl.where(step >= first_skipped, num_skipped, 0)
+    for column_tile in range(start, stop):
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
-        part_j = tl.where(scale_j < 0, 0.0, 1.0)
-        if rows_ptr is not None:
-            rows_j = tl.load(
-                rows_ptr
-                + column_tile.to(tl.int64) * (BLOCK_J * WIDTH)
-                + tl.arange(0, BLOCK_J)[:, None] * WIDTH
-                + c[None, :]
-            )  # [BLOCK_J, WIDTH]
-            product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
-        else:
-            product = tl.load(panel_ptr + (j - first_column)[None, :])
-        similarity = product * scale_i[:, None] * scale_j[None, :]
+        rows_j = _load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
+        product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
         distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
-        t, weighted = _exponent(similarity, distance, bias, slope, shift, PLAIN)
-        if SYMMETRIC:
-            powers = tl.exp2(t)
-            total += tl.sum(powers * part_j[None, :], 1)
-            if column_tile * BLOCK_J >= (tile + 1) * BLOCK_I:
-                tl.atomic_add(z_ptr + j, tl.sum(powers * part_i[:, None], 0), sem="relaxed")
-                part_j *= 2.0
-        else:
-            t = tl.where(part_j[None, :] > 0, t, float("-inf"))
-            reached = tl.maximum(highest, tl.max(t, 1))
-            base = tl.where(reached == float("-inf"), 0.0, reached)
-            total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(t - base[:, None]), 1)
-            highest = reached
-        attraction += tl.sum(weighted * part_j[None, :], 1)
-
+        is_above = column_tile * BLOCK_J >= (tile + 1) * BLOCK_I
+        total, highest, attraction = _add_pairs(
+            product,
+            distance,
+            scale_i,
+            scale_j,
+            z_ptr + j,
+            is_above,
+            total,
+            highest,
+            attraction,
+            bias,
+            slope,
+            shift,
+            PLAIN,
+            SYMMETRIC,
+        )
     attraction_ptr += (image * (padded // BLOCK_I) + tile) * tl.num_programs(1) + chunk
-    tl.store(attraction_ptr, tl.sum(attraction * part_i, 0))
-    if runs_ptr is not None:
-        every = tl.load(runs_ptr + 2 * index + 1) - tl.load(runs_ptr + 2 * index)
-        skipped = tl.where(chunk == 0, every * BLOCK_J, 0).to(
-            tl.float32
-        )  # pairs of exponent 0, on either side
-        if SYMMETRIC:
-            total += skipped
-        else:
-            reached = tl.where(skipped > 0, tl.maximum(highest, 0.0), highest)
-            base = tl.where(reached == float("-inf"), 0.0, reached)
-            total = total * tl.exp2(highest - base) + skipped * tl.exp2(-base)
-            highest = reached
+    _store_sums(z_ptr + i, attraction_ptr, scale_i, total, highest, attraction, SYMMETRIC)
+
+
+@triton.jit(do_not_specialize=["first_tile", "num_classes", "tiles_per_program"])
+def pdcr_fwd_panel_kernel(
+    panel_ptr,  # (B, panel rows, P - first_column): products of rows
+    scale_ptr,  # (B, P)
+    phi_ptr,  # (B, M, P)
+    z_ptr,  # (B, P): sums of powers; log2 of them unless SYMMETRIC
+    attraction_ptr,  # (B, row tiles, chunks), 0 where no program writes
+    first_tile,  # of the panel
+    first_column,  # of the panel, a multiple of BLOCK_J
+    padded,
+    panel_stride_b,
+    panel_stride_n,
+    num_classes,
+    tiles_per_program,
+    bias,
+    slope,
+    shift,
+    unequal,
+    CLASSES: tl.constexpr,
+    CATEGORICAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """As `pdcr_fwd_kernel`, for the row tiles of a panel of products."""
+    tile = tl.program_id(0) + first_tile
+    chunk = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    start = chunk * tiles_per_program
     if SYMMETRIC:
-        tl.atomic_add(z_ptr + i, total, sem="relaxed")
-    else:
-        tl.store(z_ptr + i, highest + tl.log2(total))
+        start += tile * BLOCK_I // BLOCK_J
+    stop = tl.minimum(padded // BLOCK_J, start + tiles_per_program)
+    if start >= stop:
+        return
+    scale_ptr += image * padded
+    phi_ptr += image * num_classes * padded
+    z_ptr += image * padded
+    i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
+    panel_row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    panel_ptrs = panel_ptr + image * panel_stride_b + panel_row.to(tl.int64) * panel_stride_n  # [BLOCK_I]
+
+    total = tl.zeros([BLOCK_I], tl.float32)
+    highest = tl.full([BLOCK_I], float("-inf"), tl.float32)
+    attraction = tl.zeros([BLOCK_I], tl.float32)
+    for column_tile in range(start, stop):
+        j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
+        scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
+        product = tl.load(panel_ptrs[:, None] + (j - first_column)[None, :])  # [BLOCK_I, BLOCK_J]
+        distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
+        is_above = column_tile * BLOCK_J >= (tile + 1) * BLOCK_I
+        total, highest, attraction = _add_pairs(
+            product,
+            distance,
+            scale_i,
+            scale_j,
+            z_ptr + j,
+            is_above,
+            total,
+            highest,
+            attraction,
+            bias,
+            slope,
+            shift,
+            PLAIN,
+            SYMMETRIC,
+        )
+    attraction_ptr += (image * (padded // BLOCK_I) + tile) * tl.num_programs(1) + chunk
+    _store_sums(z_ptr + i, attraction_ptr, scale_i, total, highest, attraction, SYMMETRIC)
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_parts"])
 def pdcr_loss_kernel(
     z_ptr,  # (B, P)
     scale_ptr,  # (B, P)
-    order_ptr,  # (B, N) or None
     count_ptr,  # (B,)
     sums_ptr,  # (B, width)
     attraction_ptr,  # (B, parts)
@@ -299,21 +355,18 @@ def pdcr_loss_kernel(
     LOGGED: tl.constexpr,  # whether z is log2 of the sums
     BLOCK: tl.constexpr,
 ):
-    """log Z in the order of the vectors, and the loss of one image, summed in fp64."""
+    """log Z of the vectors, and the loss of one image, summed in fp64."""
     image = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + image).to(tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num_vectors, BLOCK):
         n = first + tl.arange(0, BLOCK)
         inside = n < num_vectors
-        takes_part = tl.load(scale_ptr + image * padded + n, inside, -1.0) >= 0
-        z = tl.load(z_ptr + image * padded + n, takes_part, 1.0)
+        included = tl.load(scale_ptr + image * padded + n, inside, -1.0) >= 0
+        z = tl.load(z_ptr + image * padded + n, included, 1.0)
         log_z = z * 0.6931471805599453 if LOGGED else tl.log(z)
-        log_z = tl.where(takes_part, log_z, 0.0)
-        target = n.to(tl.int64)
-        if order_ptr is not None:
-            target = tl.load(order_ptr + image * num_vectors + n, inside, 0).to(tl.int64)
-        tl.store(log_z_ptr + image * num_vectors + target, log_z, inside)
+        log_z = tl.where(included, log_z, 0.0)
+        tl.store(log_z_ptr + image * num_vectors + n, log_z, inside)
         total += log_z.to(tl.float64)
     attraction = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num_parts, BLOCK):
@@ -358,7 +411,7 @@ def _pair_weight(
     if PLAIN:
         return distance * (share + pull) + offset
     weight = (bias + slope * distance) * share + (pull * distance + offset)
-    # Powers of rows that take no part may overflow here, and inf * 0 is NaN.
+    # Powers of excluded rows may overflow here, and inf * 0 is NaN.
     return tl.where((scale_i >= 0)[:, None] & (scale_j >= 0)[None, :], weight, 0.0)
 
 
@@ -368,9 +421,6 @@ def pdcr_bwd_kernel(
     scale_ptr,  # (B, P)
     phi_ptr,  # (B, M, P)
     z_ptr,  # (B, P)
-    runs_ptr,  # (B, row tiles, 2) or None
-    order_ptr,  # (B, N) or None
-    count_ptr,  # (B,)
     g_ptr,  # (B, P, WIDTH)
     padded,
     num_classes,
@@ -397,33 +447,16 @@ def pdcr_bwd_kernel(
     phi_ptr += image * num_classes * padded
     rows_ptr += image * padded * WIDTH
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    c = tl.arange(0, WIDTH)
-    rows_i = tl.load(
-        rows_ptr + tile.to(tl.int64) * (BLOCK_I * WIDTH) + tl.arange(0, BLOCK_I)[:, None] * WIDTH + c[None, :]
-    )  # [BLOCK_I, WIDTH]
+    rows_i = _load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
     z_i = tl.load(z_ptr + i)  # [BLOCK_I]
-    count = tl.load(count_ptr + image)
-    stop = padded // BLOCK_J
-    if order_ptr is not None:
-        stop = tl.cdiv(count, BLOCK_J).to(tl.int32)
-    first_skipped, num_skipped = stop, 0
-    if runs_ptr is not None:
-        first_skipped, last_skipped = _skipped(runs_ptr, image * (padded // BLOCK_I) + tile, 0, stop)
-        num_skipped = last_skipped - first_skipped
 
     g = tl.zeros([BLOCK_I, WIDTH], tl.float32)
-    for step in range(stop - num_skipped):
-        column_tile = step + tl.where(step >= first_skipped, num_skipped, 0)
+    for column_tile in range(padded // BLOCK_J):
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
         z_j = tl.load(z_ptr + j)  # [BLOCK_J]
-        rows_j = tl.load(
-            rows_ptr
-            + column_tile.to(tl.int64) * (BLOCK_J * WIDTH)
-            + tl.arange(0, BLOCK_J)[:, None] * WIDTH
-            + c[None, :]
-        )  # [BLOCK_J, WIDTH]
+        rows_j = _load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
         distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
         weight = _pair_weight(
@@ -432,11 +465,12 @@ def pdcr_bwd_kernel(
         weight = weight * (scale_j * weight_scale)[None, :]
         g = dot_add(narrow(weight, rows_ptr.dtype.element_ty), rows_j, g)
 
+    c = tl.arange(0, WIDTH)
     g_ptrs = g_ptr + (image * padded + i)[:, None] * WIDTH + c[None, :]
     tl.store(g_ptrs, g * scale_i[:, None])
 
 
-@triton.jit(do_not_specialize=["first_row", "num_classes"])
+@triton.jit(do_not_specialize=["num_classes"])
 def pdcr_pairs_kernel(
     panel_ptr,  # (B, panel rows, P - first_row), similarities
     weights_ptr,  # the same shape; may be panel_ptr
@@ -502,7 +536,6 @@ def pdcr_grad_kernel(
     scale_ptr,  # (B, P)
     inverse_ptr,  # (B, P)
     sums_ptr,  # (B, width)
-    order_ptr,  # (B, N) or None
     count_ptr,  # (B,)
     grad_ptr,  # (B,), stride grad_stride
     out_ptr,  # (B, N, C)
@@ -538,13 +571,10 @@ def pdcr_grad_kernel(
     )
     inverse = tl.load(inverse_ptr + image * padded + n)  # [BLOCK_N]
     inside = n < num_vectors
-    target = n.to(tl.int64)
-    if order_ptr is not None:
-        target = tl.load(order_ptr + image * num_vectors + n, inside, 0).to(tl.int64)
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         mask = (c < channels)[None, :]
         unit, g = _unit_and_g(rows_ptr, g_ptr, sums_ptr, offsets, c, mask, scale, undo, num_bias)
         g = (g - along[:, None] * unit) * factor * inverse[:, None]
-        out_ptrs = out_ptr + (image * num_vectors + target)[:, None] * channels + c[None, :]
+        out_ptrs = out_ptr + (image * num_vectors + n)[:, None] * channels + c[None, :]
         tl.store(out_ptrs, narrow(g, out_ptr.dtype.element_ty), mask & inside[:, None])

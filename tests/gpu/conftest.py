@@ -25,10 +25,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's conditio
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
-        choices=("cuda", "cpu", "interpreter"),
+        choices=("cuda", "cpu", "interpreter", "launches"),
         default="cuda",
         help="where tests/gpu runs; on the CPU with small sizes and backend='auto', there also with the "
-        "Triton kernels in Triton's interpreter (%(default)s)",
+        "Triton kernels in Triton's interpreter; 'launches' is for tests/dry_jit.py (%(default)s)",
     )
 
 
@@ -102,9 +102,10 @@ def gate_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 @pytest.fixture
-def fit(device: torch.device) -> Callable[[int, int], int]:
-    """A size, or on the CPU the second, smaller one."""
-    return lambda size, on_cpu: size if device.type == "cuda" else min(size, on_cpu)
+def fit(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """A size, or where the CPU computes the second, smaller one."""
+    in_full = request.config.getoption("device", "cuda") in ("cuda", "launches")
+    return lambda size, on_cpu: size if in_full else min(size, on_cpu)
 
 
 def interpret_kernels() -> None:

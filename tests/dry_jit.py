@@ -1,0 +1,394 @@
+"""Records what the package launches on a GPU, specialised as the JIT would, on a machine without one.
+
+    python -O tests/dry_jit.py CAPABILITY OUT SOURCE...
+
+runs calls of the package on CPU tensors through the code that serves CUDA tensors. Every Triton launch is
+bound and specialised as on a card of that compute capability (divisibility by 16, equality to 1, dtypes,
+options), and then left out, so results are whatever memory held: only launches mean anything here. OUT is a
+pickled `Recording`. SOURCE is one of
+
+    tests        the calls of tests/gpu at the sizes of a GPU
+    benchmarks   the calls of the GPU cases of benchmarks/registry.py
+    tables       one call for every entry of the launch tables of that card
+    counts       `CALLS`, whose launches are counted
+
+`-O` keeps assertions about results from ending a test before its last call. `ahead_of_time.py` compiles.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+SOURCES = ("tests", "benchmarks", "tables", "counts")
+_ROOT = Path(__file__).resolve().parent.parent
+_OPERATORS = {  # the functions that serve CUDA tensors, by file of ops/ and operator
+    "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
+    "foreground_ratio": {"foreground_ratio": "_foreground_ratio_cuda"},
+    "gather": {"gather_vectors": "_gather_cuda", "gather_vectors_backward": "_backward_cuda"},
+    "entropy_gate": {"entropy_gate_forward": "_forward_triton", "entropy_gate_backward": "_backward_triton"},
+}
+
+
+class Variant(NamedTuple):
+    """One kernel as the JIT specialises it: what `triton.compiler.ASTSource` and `triton.compile` take."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Any, Any], ...]
+    attributes: tuple[tuple[Any, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def constant(self, name: str) -> Any:
+        """The value of a constexpr argument."""
+        names = [argument for argument, _ in self.signature]
+        return next((value for path, value in self.constants if names[path[0]] == name), None)
+
+    def is_divisible(self, name: str) -> bool:
+        """Whether an argument is known to be a multiple of 16."""
+        names = [argument for argument, _ in self.signature]
+        return any(names[path[0]] == name and attribute for path, attribute in self.attributes)
+
+    def option(self, name: str) -> Any:
+        """`num_warps`, `num_stages` and so on."""
+        return dict(self.options)[name]
+
+    def describe(self) -> str:
+        """In words, for a test that fails."""
+        names = [argument for argument, _ in self.signature]
+        constants = ", ".join(f"{names[path[0]]}={value}" for path, value in self.constants)
+        types = ", ".join(f"{name}: {kind}" for name, kind in self.signature if kind != "constexpr")
+        warps, stages = self.option("num_warps"), self.option("num_stages")
+        return f"{self.kernel}({types}; {constants}; num_warps={warps}, num_stages={stages})"
+
+
+class Count(NamedTuple):
+    """Launches of one call, forward and backward."""
+
+    triton: dict[str, int]  # by kernel
+    aten: dict[str, int]  # by operator; a call that launches several kernels counts once
+
+
+class Recording(NamedTuple):
+    """What a run of the sources launched."""
+
+    variants: dict[Variant, str]  # and the first call that launched it
+    counts: dict[str, Count]  # by name of `CALLS`
+    refused: list[str]  # launches that no card takes
+
+
+class Recorder:
+    """Stands in for the driver of a card that is not here, and for what launches on it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.variants: dict[Variant, str] = {}
+        self.launches: collections.Counter[str] = collections.Counter()
+        self.counts: dict[str, Count] = {}
+        self.refused: list[str] = []
+        self.call = ""
+
+    def recording(self) -> Recording:
+        return Recording(self.variants, self.counts, self.refused)
+
+    def install(self) -> None:
+        """Let CPU tensors take the way of CUDA tensors, for the rest of this process."""
+        from triton.runtime import jit
+        from triton.runtime.driver import driver
+
+        driver.set_active(_driver(self.capability))
+        run = jit.JITFunction.run
+
+        def run_dry(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            self._launch(kernel.fn.__name__, grid)
+            return run(kernel, *args, grid=grid, warmup=True, **options)
+
+        def keep(kernel: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attrs: Any,
+                 _warmup: bool) -> str:  # fmt: skip
+            variant = Variant(
+                kernel.fn.__module__,
+                kernel.fn.__name__,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple((path, tuple(map(tuple, attr))) for path, attr in attrs.items()),
+                tuple(sorted(options.__dict__.items())),
+            )
+            self.variants.setdefault(variant, self.call)
+            kernel.device_caches[device][0][key] = "never launched"
+            return "never launched"
+
+        jit.JITFunction.run = run_dry
+        jit.JITFunction._do_compile = keep
+        self._serve_cpu_tensors()
+
+    def _launch(self, kernel: str, grid: Any) -> None:
+        self.launches[kernel] += 1
+        for size, largest in zip(grid, LARGEST_GRID, strict=False):
+            if not 0 < size <= largest:
+                self.refused.append(f"{self.call}: {kernel} with grid {grid}")
+
+    def _serve_cpu_tensors(self) -> None:
+        from contrastseg_fast import _backend, functional
+        from contrastseg_fast.kernels import _common, pdcr
+
+        _backend.unavailable = lambda _backend, _device: None
+        _LIBRARIES.append(library := torch.library.Library("contrastseg_fast", "IMPL"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for module, operators in _OPERATORS.items():
+                op = importlib.import_module(f"contrastseg_fast.ops.{module}")
+                for operator, function in operators.items():
+                    library.impl(operator, getattr(op, function), "CPU", allow_override=True)
+        _common.capability = lambda _tensor: self.capability
+        _common.processors = pdcr.processors = lambda _tensor: PROCESSORS[self.capability]
+        pdcr._product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
+        pdcr._add_product = lambda total, a, b: None
+        functional._check_ratio_range = lambda *_: None  # only those of CPU tensors are checked
+
+
+_LIBRARIES: list[torch.library.Library] = []  # registrations end with their library
+
+
+def _driver(capability: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import ty_to_cpp
+
+    class Driver:
+        """As much of Triton's driver as binding arguments takes."""
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, _device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def map_python_to_cpp_type(self, kind: str) -> str:
+            return ty_to_cpp(kind)
+
+    return Driver()
+
+
+class CountATen(TorchDispatchMode):
+    """Counts the ATen calls that would launch something on a GPU: no views, and no allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self._functions = {}
+        for module, operators in _OPERATORS.items():
+            op = importlib.import_module(f"contrastseg_fast.ops.{module}")
+            for operator, function in operators.items():
+                overload = getattr(torch.ops.contrastseg_fast, operator).default
+                self._functions[overload] = getattr(op, function)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._functions:
+            with self:  # what the operator does counts too
+                return self._functions[func](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        allocates = func._schema.name.split("::")[1] in _ALLOCATIONS
+        if func.namespace == "aten" and not func.is_view and not allocates and _numel(result) > 0:
+            self.calls[func._schema.name.removeprefix("aten::")] += 1
+        return result
+
+
+_ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
+
+
+def _numel(result: Any) -> int:
+    tensors = result if isinstance(result, tuple | list) else [result]
+    return sum(each.numel() for each in tensors if isinstance(each, Tensor))
+
+
+class _CheapRandom(TorchFunctionMode):
+    """Gives constants where random numbers are asked for: drawing gigabytes takes longer than all else."""
+
+    _VALUES = {torch.randn: 0.0, torch.rand: 0.5, torch.randint: 0}  # noqa: RUF012
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in self._VALUES:
+            return func(*args, **kwargs)
+        kwargs.pop("generator", None)
+        if func is torch.randint:
+            args = args[-1:] if "size" not in kwargs else (kwargs.pop("size"),)
+            kwargs.setdefault("dtype", torch.int64)
+            for bound in ("low", "high"):
+                kwargs.pop(bound, None)
+        value = self._VALUES[func]
+        shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+        return torch.full(tuple(shape), value, **kwargs) if value else torch.zeros(tuple(shape), **kwargs)
+
+
+def _run_tests(recorder: Recorder) -> None:
+    """The calls of tests/gpu. The reference is replaced by zeros, and so nothing that is asserted holds."""
+    import pytest
+
+    class Calls:
+        def pytest_collection(self) -> None:
+            _replace_references()
+
+        def pytest_runtest_setup(self, item: pytest.Item) -> None:
+            recorder.call = item.nodeid
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is written either
+            with _CheapRandom(), contextlib.suppress(AssertionError):  # of torch.testing, about results
+                yield
+
+    options = [
+        "-q",
+        "--no-header",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "--device",
+        "launches",
+    ]
+    if pytest.main([str(_ROOT / "tests" / "gpu"), *options], plugins=[Calls()]) != 0:
+        raise SystemExit("a test did not make all its calls")
+
+
+def _replace_references() -> None:
+    """Zeros of the right shapes for what the tests compare with, which takes long and launches nothing."""
+    from gpu import oracle
+
+    from contrastseg_fast import reference
+
+    def pdcr_loss(vectors: Tensor, ratios: Tensor, *, reduction: str = "mean", **_options: Any) -> Tensor:
+        loss = 0 * vectors.sum((1, 2))
+        return loss if reduction == "none" else loss.mean()
+
+    def foreground_ratio(
+        labels: Tensor, starts: Tensor, size: Any, num_classes: int, **_options: Any
+    ) -> tuple[Tensor, Tensor]:
+        ratios = torch.zeros(labels.shape[0], starts.shape[-2], num_classes)
+        return ratios, ratios[..., 0]
+
+    def entropy_gate(features: Tensor, logits: Tensor, *, return_uncertainty: bool = False) -> Any:
+        uncertainty = 0 * logits.sum(1, keepdim=True)
+        gated = features * (2 - uncertainty).to(features.dtype)
+        return (gated, uncertainty) if return_uncertainty else gated
+
+    def sampled_rows(vectors: Tensor, _ratios: Tensor, rows: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+        return vectors.new_zeros((), dtype=torch.float64), torch.zeros(len(rows), vectors.shape[1])
+
+    reference.pdcr_loss = pdcr_loss
+    reference.foreground_ratio = foreground_ratio
+    reference.entropy_gate = entropy_gate
+    reference.repelled_fraction = lambda vectors, *_args, **_options: torch.zeros(len(vectors))
+    oracle.sampled_rows = sampled_rows
+
+
+def _run_benchmarks(recorder: Recorder) -> None:
+    from benchmarks import call, gate, pdcr, ratios, registry
+    from benchmarks.operation import OURS
+
+    kernels = (pdcr.OPERATION, ratios.OPERATION, gate.OPERATION, call.OPERATION)
+    for part in registry.PARTS.values():
+        for case in part:
+            if case.operation in kernels:
+                recorder.call = case.id
+                with _CheapRandom():
+                    inputs = case.operation.make_inputs(case.size, "cpu")
+                    case.operation.implementation(OURS).prepare(case.size, inputs)()
+
+
+def _run_tables(recorder: Recorder) -> None:
+    """Every width of the tables, in the mode that takes the fewest registers and in others."""
+    from contrastseg_fast.functional import pdcr_loss
+    from contrastseg_fast.kernels._common import sm_table
+    from contrastseg_fast.kernels.pdcr import BACKWARD, FORWARD
+
+    widths = {width for table in (FORWARD, BACKWARD) for by_width in sm_table(table, torch.empty(0)).values()
+              for width in by_width}  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):
+        for width in sorted(widths):
+            for classes, temperature in ((2, 0.5), (5, 0.5), (12, 0.5), (2, 0.001)):
+                recorder.call = f"{width} channels, {classes} classes, temperature {temperature}, {dtype}"
+                vectors = torch.zeros(1, 1024, width, dtype=dtype, requires_grad=True)
+                loss = pdcr_loss(vectors, torch.zeros(1, 1024, classes), temperature=temperature)
+                torch.autograd.grad(loss, vectors)
+
+
+def _pair_loss(batch: int, count: int, channels: int, dtype: torch.dtype) -> Callable[[], object]:
+    from contrastseg_fast.functional import pdcr_loss
+
+    vectors = torch.zeros(batch, count, channels, dtype=dtype, requires_grad=True)
+    ratios = torch.zeros(batch, count, 2)
+    return lambda: torch.autograd.grad(pdcr_loss(vectors, ratios), vectors)
+
+
+def _whole_call() -> Callable[[], object]:
+    from benchmarks import call
+    from benchmarks.operation import OURS
+
+    size = call.Size()
+    with _CheapRandom():
+        inputs = call.OPERATION.make_inputs(size, "cpu")
+    return call.OPERATION.implementation(OURS).prepare(size, inputs)
+
+
+CALLS: dict[str, Callable[[], Callable[[], object]]] = {
+    "pdcr_loss, N=1024, C=256, bf16": lambda: _pair_loss(1, 1024, 256, torch.bfloat16),
+    "pdcr_loss, N=16384, C=256, bf16": lambda: _pair_loss(1, 16384, 256, torch.bfloat16),
+    "pdcr_loss, N=1024, C=256, fp32": lambda: _pair_loss(1, 1024, 256, torch.float32),
+    "PDCRLoss, three layers, B=8, N=1024": _whole_call,
+}
+
+
+def _run_counts(recorder: Recorder) -> None:
+    from contrastseg_fast import functional
+
+    functional._check_label_range = lambda *_: None  # only those of CPU tensors are checked
+    for name, prepare in CALLS.items():
+        call = prepare()
+        call()  # plans are made in the first call
+        recorder.call = name
+        recorder.launches.clear()
+        with CountATen() as aten:
+            call()
+        recorder.counts[name] = Count(dict(recorder.launches), dict(aten.calls))
+
+
+_RUNS = {"tests": _run_tests, "benchmarks": _run_benchmarks, "tables": _run_tables, "counts": _run_counts}
+
+
+def main(capability: int, out: Path, sources: list[str]) -> None:
+    sys.path[:0] = [str(_ROOT), str(Path(__file__).parent)]
+    with contextlib.chdir(_ROOT):
+        recorder = Recorder(capability)
+        recorder.install()
+        for source in sources:
+            _RUNS[source](recorder)
+        out.write_bytes(pickle.dumps(recorder.recording()))
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"
+    from dry_jit import main as run  # so that what is pickled belongs to a module that others can import
+
+    run(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
