@@ -91,7 +91,7 @@ def test_certain_and_undecided_locations(device, gate_backend: str, dtype) -> No
     gated, u, *gradients = gate_results(features, logits.to(dtype), grads, gate_backend)
     for result in (gated, u, *gradients):
         assert torch.isfinite(result).all()
-    assert u.flatten()[0] == pytest.approx(1, abs=1e-6)
+    assert u.flatten()[0].item() == pytest.approx(1, abs=1e-6)
     assert u.flatten()[2:4].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert u.flatten()[4].item() == pytest.approx(0.6309, abs=1e-3)
 

@@ -244,6 +244,7 @@ def test_equal_bits(device, triton: str, fit: Fit, deterministic, count: int, ch
 
 
 def test_strided_and_expanded_inputs(device, triton: str, fit: Fit, deterministic) -> None:
+    """Other strides are other kernels, which may add up the squares of a vector in another order."""
     count = fit(150, 63)
     vectors, ratios = random_vectors(device, 2, count, 20), random_ratios(device, 2, count, 3)
     grad = torch.ones(2, device=device)
@@ -255,7 +256,8 @@ def test_strided_and_expanded_inputs(device, triton: str, fit: Fit, deterministi
         spread = ratios.mT.contiguous().mT
         assert not strided.is_contiguous()
         actual = loss_and_gradient(strided, spread, triton, grad[:1].expand(2), valid=valid)
-        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+        for a, e in zip(actual, expected, strict=True):
+            assert normwise_error(a, e) <= 8 * FP32_EPS
     one = loss_and_gradient(
         vectors[:1].expand(3, -1, -1), ratios[:1].expand(3, -1, -1), triton, grad[:1].expand(3)
     )
