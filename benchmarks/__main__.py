@@ -12,7 +12,7 @@ from benchmarks import plot, record, registry, table
 from benchmarks.session import Session
 from benchmarks.timing import Settings
 
-EVERYTHING = ("cpu.json", "cpu_large.json", "cpu_networks.json", "gpu.json")
+EVERYTHING = ("cpu.json", "cpu_large.json", "cpu_networks.json", "gpu_h100_2026-11-27.json")
 
 
 def main() -> int:

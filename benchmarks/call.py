@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from benchmarks import pdcr
 from benchmarks.masks import chest_slices
 from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Work
-from benchmarks.ratios import ratios_by_cumsum
+from benchmarks.ratios import cumsum_table, ratios_by_cumsum, ratios_of_table
 from contrastseg_fast import PDCRLoss, ReceptiveField, reference
 from contrastseg_fast.functional import sample_grid
 
@@ -21,6 +20,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYERS = ((64, 4, 11), (128, 8, 35), (256, 16, 91))
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
+PairLoss = Callable[[Tensor, Tensor], Tensor]  # of vectors and ratios
+COMPILED_LOSSES = "torch.compile, each loss"
 
 
 @dataclass(frozen=True)
@@ -76,33 +77,35 @@ def _reference(size: Size, _device: torch.device) -> Loss:
     return reference.PDCRLoss(_fields(), size.classes, num_samples=size.samples)
 
 
-def loss_by_cumsum(
-    vectors: Tensor, field: ReceptiveField, indices: Tensor, labels: Tensor, num_classes: int, **options: Any
-) -> Tensor:
-    """The reference's loss of one layer, with ratios from cumulative sums in place of its loop over boxes."""
-    box = [int(extent) for extent in field.size]
-    ratios = ratios_by_cumsum(labels, field.starts(indices), box, num_classes)
-    return reference.pdcr_loss(vectors, ratios, **options)
+def _with_cumsum(pair_loss: PairLoss) -> Callable[[Size, torch.device], Loss]:
+    """Vectors by index and ratios by cumulative sums, of places that are known beforehand."""
+
+    def make_loss(size: Size, device: torch.device) -> Loss:
+        layers = []
+        for field, (_, stride, _) in zip(_fields(), LAYERS, strict=True):
+            places = sample_grid((size.extent // stride,) * 2, size.samples, device=device)
+            layers.append((places, field.starts(places), [int(extent) for extent in field.size]))
+
+        def loss(features: Sequence[Tensor], labels: Tensor) -> Tensor:
+            losses, table = [], cumsum_table(labels, size.classes)
+            for feature_map, (places, starts, box) in zip(features, layers, strict=True):
+                vectors = feature_map[:, :, places[:, 0], places[:, 1]].mT
+                losses.append(pair_loss(vectors, ratios_of_table(table, starts, box)))
+            return torch.stack(losses).mean()
+
+        return loss
+
+    return make_loss
 
 
-def _with_cumsum(size: Size, device: torch.device) -> Loss:
-    fields = _fields()
-    indices = [
-        sample_grid((size.extent // stride,) * 2, size.samples, device=device) for _, stride, _ in LAYERS
-    ]
-
-    def loss(features: Sequence[Tensor], labels: Tensor) -> Tensor:
-        losses = []
-        for feature_map, field, places in zip(features, fields, indices, strict=True):
-            vectors = feature_map[:, :, places[:, 0], places[:, 1]].mT
-            losses.append(loss_by_cumsum(vectors, field, places, labels, size.classes))
-        return torch.stack(losses).mean()
-
-    return loss
+def _compiled(pair_loss: PairLoss) -> Callable[[Size, torch.device], Loss]:
+    make_loss = _with_cumsum(pair_loss)
+    return lambda size, device: torch.compile(make_loss(size, device), dynamic=False, fullgraph=True)
 
 
-def _compiled(size: Size, device: torch.device) -> Loss:
-    return torch.compile(_with_cumsum(size, device), dynamic=False, fullgraph=True)
+def _compiled_losses(size: Size, device: torch.device) -> Loss:
+    """The losses compiled one by one, and the rest eager: compiled whole on a CPU, torch 2.13 has crashed."""
+    return _with_cumsum(torch.compile(reference.pdcr_loss, dynamic=False, fullgraph=True))(size, device)
 
 
 def _oracle(size: Size, inputs: Inputs) -> Result:
@@ -143,7 +146,15 @@ OPERATION = Operation(
     implementations=(
         Implementation(OURS, _with_gradients(_ours)),
         Implementation("reference", _with_gradients(_reference), refuse=_loops_too_long),
-        Implementation("reference, cumsum ratios", _with_gradients(_with_cumsum)),
-        Implementation("torch.compile", _with_gradients(_compiled), compiles=True),
+        Implementation("reference, cumsum ratios", _with_gradients(_with_cumsum(reference.pdcr_loss))),
+        Implementation("torch.compile", _with_gradients(_compiled(reference.pdcr_loss)), compiles=True),
+        Implementation(COMPILED_LOSSES, _with_gradients(_compiled_losses), devices=("cpu",), compiles=True),
+        Implementation(
+            pdcr.COMPILED_16_BIT,
+            _with_gradients(_compiled(pdcr.loss_by_16_bit_products)),
+            refuse=pdcr.needs_16_bit,
+            devices=("cuda",),
+            compiles=True,
+        ),
     ),
 )

@@ -39,8 +39,8 @@ def taking_turns(runs: list[Run]) -> Run:
     return lambda: next(upcoming)()
 
 
-def captured(run: Run) -> Run:
-    """Replays of a call's graph."""
+def captured(run: Run, pool: tuple[int, int] | None = None) -> Run:
+    """Replays of a call's graph; graphs that never run at the same time can share the memory of a `pool`."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -48,7 +48,7 @@ def captured(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         results = run()
 
     def replay() -> Result:

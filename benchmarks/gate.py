@@ -62,6 +62,10 @@ def _with_gradients(gate: Gate) -> Callable[[Size, Inputs], Run]:
     return prepare
 
 
+def _triton(features: Tensor, logits: Tensor) -> Tensor:
+    return functional.entropy_gate(features, logits, backend="triton")
+
+
 def _compiled(size: Size, inputs: Inputs) -> Run:
     gate = torch.compile(reference.entropy_gate, dynamic=False, fullgraph=True)
     return _with_gradients(gate)(size, inputs)
@@ -105,6 +109,7 @@ OPERATION = Operation(
     work=_work,
     implementations=(
         Implementation(OURS, _with_gradients(functional.entropy_gate)),
+        Implementation("ours, Triton", _with_gradients(_triton), devices=("cuda",)),
         Implementation(
             "reference",
             _with_gradients(reference.entropy_gate),

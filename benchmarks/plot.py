@@ -10,7 +10,10 @@ from typing import Any
 from benchmarks import pdcr
 from benchmarks.record import Record
 
-SHOWN = ("ours", "torch.compile", "reference", "chunked", "KeOps", "released", "three products")
+SHOWN = (
+    *("ours", "torch.compile", "reference", "chunked", "KeOps", "released", "three products"),
+    pdcr.COMPILED_16_BIT,
+)
 TIME, MEMORY = "seconds, forward + backward", "extra bytes at the peak"
 Point = Callable[[dict[str, Any]], float | None]
 
@@ -18,7 +21,8 @@ Point = Callable[[dict[str, Any]], float | None]
 def draw(records: list[Record], folder: Path) -> list[Path]:
     """Write `pdcr_time.png` and `pdcr_memory.png` of the random cases with 256 channels: fp32 on the CPU.
 
-    Records of a GPU give `pdcr_gpu_time.png` and `pdcr_gpu_memory.png`, of the bf16 ones.
+    Records of a GPU give `pdcr_gpu_time.png` and `pdcr_gpu_memory.png`, of the bf16 ones. A picture without
+    a point is not drawn.
     """
     written = []
     for device, dtype, prefix in (("cpu", "fp32", "pdcr"), ("cuda", "bf16", "pdcr_gpu")):
@@ -28,7 +32,7 @@ def draw(records: list[Record], folder: Path) -> list[Path]:
             case["size"]["count"]: case
             for record in records
             for case in record["cases"]
-            if case["operation"] == "pdcr_loss"
+            if case["operation"] == pdcr.OPERATION.name
             and case["device"] == device
             and like.items() <= case["size"].items()
         }
@@ -38,14 +42,18 @@ def draw(records: list[Record], folder: Path) -> list[Path]:
         time = _picture(cases, lambda entry: entry.get("quantiles", {}).get("50"), dtype, TIME)
         memory = _picture(cases, lambda entry: entry.get("peak_bytes"), dtype, MEMORY)
         for figure, name in ((time, f"{prefix}_time.png"), (memory, f"{prefix}_memory.png")):
-            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
-            written.append(folder / name)
+            if figure is not None:
+                figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+                written.append(folder / name)
     if not written:
         raise SystemExit("the records hold no pdcr_loss case to draw")
     return written
 
 
-def _picture(cases: dict[int, dict[str, Any]], value: Point, dtype: str, label: str) -> Any:
+def _picture(cases: dict[int, dict[str, Any]], value: Point, dtype: str, label: str) -> Any | None:
+    """A figure, or None where no case has that value."""
+    if all(value(entry) is None for case in cases.values() for entry in case["implementations"].values()):
+        return None
     import matplotlib
 
     matplotlib.use("Agg")

@@ -78,23 +78,32 @@ def _lean_one_hot(labels: Tensor, num_classes: int) -> Tensor:
     return (labels[:, None] == classes).int()
 
 
-def _cumsum(membership: Callable[[Tensor, int], Tensor]) -> Ratios:
-    """One-hot labels, a cumulative sum along each axis, and the corners of every box."""
+def cumsum_table(
+    labels: Tensor, num_classes: int, membership: Callable[[Tensor, int], Tensor] = _lean_one_hot
+) -> Tensor:
+    """One-hot labels summed along each axis, `(B, M, *spatial)` with a leading 0 along each axis."""
+    table = membership(labels, num_classes)
+    for axis in range(2, table.ndim):
+        table = table.cumsum(axis, dtype=table.dtype)
+    return pad(table, (1, 0) * (table.ndim - 2))
 
+
+def ratios_of_table(table: Tensor, starts: Tensor, box: Sequence[int]) -> Tensor:
+    """Ratios `(B, N, M)` by the corners of every box in `cumsum_table`'s."""
+    total = torch.zeros((), dtype=table.dtype, device=table.device)
+    for corner in product((0, 1), repeat=len(box)):
+        edges = [
+            (starts[:, axis] + far * extent).clamp(0, table.shape[axis + 2] - 1)
+            for axis, (far, extent) in enumerate(zip(corner, box, strict=True))
+        ]
+        index: tuple[Any, ...] = (slice(None), slice(None), *edges)
+        total = total + (-1) ** (len(box) - sum(corner)) * table[index]
+    return total.mT / prod(box)
+
+
+def _cumsum(membership: Callable[[Tensor, int], Tensor]) -> Ratios:
     def ratios(labels: Tensor, starts: Tensor, box: Sequence[int], num_classes: int) -> Tensor:
-        table = membership(labels, num_classes)  # (B, M, *spatial)
-        for axis in range(2, table.ndim):
-            table = table.cumsum(axis, dtype=table.dtype)
-        table = pad(table, (1, 0) * len(box))
-        total = torch.zeros((), dtype=table.dtype, device=table.device)
-        for corner in product((0, 1), repeat=len(box)):
-            edges = [
-                (starts[:, axis] + far * extent).clamp(0, table.shape[axis + 2] - 1)
-                for axis, (far, extent) in enumerate(zip(corner, box, strict=True))
-            ]
-            index: tuple[Any, ...] = (slice(None), slice(None), *edges)
-            total = total + (-1) ** (len(box) - sum(corner)) * table[index]
-        return total.mT / prod(box)
+        return ratios_of_table(cumsum_table(labels, num_classes, membership), starts, box)
 
     return ratios
 

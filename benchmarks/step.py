@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.call import loss_by_cumsum
 from benchmarks.masks import chest_crops, chest_images, chest_slices
 from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable
-from contrastseg_fast import ReceptiveField, receptive_fields
+from benchmarks.ratios import ratios_by_cumsum
+from contrastseg_fast import ReceptiveField, receptive_fields, reference
 from contrastseg_fast.functional import sample_grid
 from contrastseg_fast.plugin import attach_pdcr, insert_uafs
 
@@ -192,10 +192,11 @@ class _CumsumPDCR:
             model.get_submodule(layer).register_forward_hook(self._hook(field))
 
     def __call__(self, labels: Tensor) -> Tensor:
-        losses = [
-            loss_by_cumsum(vectors, field, indices, labels, NUM_CLASSES, class_distance="tv")
-            for field, indices, vectors in self._samples
-        ]
+        losses = []
+        for field, indices, vectors in self._samples:
+            box = [int(extent) for extent in field.size]
+            ratios = ratios_by_cumsum(labels, field.starts(indices), box, NUM_CLASSES)
+            losses.append(reference.pdcr_loss(vectors, ratios, class_distance="tv"))
         self._samples.clear()
         return torch.stack(losses).mean()
 

@@ -9,9 +9,11 @@ from typing import Any
 from benchmarks.operation import OURS
 from benchmarks.record import Record
 from benchmarks.registry import TARGETS, Target
-from benchmarks.timing import Entry, ratio_of_medians
+from benchmarks.timing import Entry
 
 CaseRecord = dict[str, Any]
+
+_METHOD = "Medians over interleaved rounds; extra memory is beyond the inputs, the results included."
 
 
 def markdown(records: list[Record]) -> str:
@@ -41,15 +43,22 @@ def measure(target: Target, cases: dict[str, CaseRecord]) -> tuple[float, str] |
     ours = measured.get(OURS)
     if ours is None:
         return None
-    if target.sense == "memory":
-        peak = ours.get("peak_bytes")
-        return None if peak is None else (peak / case["memory_unit_bytes"], target.against[0])
-    others = [name for name in target.against if name in measured]
-    if not others:
+    match target.sense:
+        case "share" | "launches" as what:
+            return None if what not in ours else (ours[what], target.against[0])
+        case "memory":
+            peak = ours.get("peak_bytes")
+            return None if peak is None else (peak / case["memory_unit_bytes"], target.against[0])
+    others = [name for name in target.against if target.of in measured.get(name, {})]
+    if not others or target.of not in ours:
         return None
-    fastest = min(others, key=lambda name: median(measured[name]["seconds"]))
-    ratio = ratio_of_medians(ours, measured[fastest])
+    fastest = min(others, key=lambda name: _median(measured[name], target.of))
+    ratio = _median(ours, target.of) / _median(measured[fastest], target.of)
     return {"at most": ratio, "at least": 1 / ratio, "added": ratio - 1}[target.sense], fastest
+
+
+def _median(entry: Entry, of: str) -> float:
+    return median(entry[of]) if isinstance(entry[of], list) else entry[of]
 
 
 def targets_table(cases: list[CaseRecord]) -> str:
@@ -62,12 +71,14 @@ def targets_table(cases: list[CaseRecord]) -> str:
             continue
         value, against = found
         match target.sense:
+            case "share":
+                cells = f"{value:.0%} | >= {target.bound:.0%} | {_verdict(value >= target.bound)}"
             case "added" if isinf(target.bound):
                 cells = f"{value:+.1%} | |"
             case "added":
                 cells = f"{value:+.1%} | <= {target.bound:.0%} | {_verdict(value <= target.bound)}"
             case "at least":
-                cells = f"{value:.3g}x faster | >= {target.bound:g}x | {_verdict(value >= target.bound)}"
+                cells = f"{value:.3g}x as fast | >= {target.bound:g}x | {_verdict(value >= target.bound)}"
             case _:
                 cells = f"{value:.3g} | <= {target.bound:g} | {_verdict(value <= target.bound)}"
         lines.append(f"| {target.what} | `{target.case.id}` | {against} | {cells} |")
@@ -96,11 +107,13 @@ def _cells(entry: Entry, name: str) -> tuple[str, str, str]:
     """Time, or why there is none; time over ours; extra memory."""
     if "seconds" not in entry:
         return f"{entry['status']}: {entry['reason']}", "", ""
-    low, middle, high = (entry["quantiles"][q] for q in ("20", "50", "80"))
-    unit, scale = _unit(middle)
+    quantiles = entry["quantiles"]
+    unit, scale = _unit(quantiles["50"])
+    low_to_high = " to ".join(f"{quantiles[q] * scale:.3g}" for q in ("20", "80") if q in quantiles)
+    spread = f" ({low_to_high})" if low_to_high else ""
     over_ours = f"{entry['over_ours']['medians']:.3g}x" if "over_ours" in entry and name != OURS else ""
     peak = f"{entry['peak_bytes'] / 1e6:.3g} MB" if "peak_bytes" in entry else entry.get("reason", "")
-    return f"{middle * scale:.3g} {unit} ({low * scale:.3g} to {high * scale:.3g})", over_ours, peak
+    return f"{quantiles['50'] * scale:.3g} {unit}{spread}", over_ours, peak
 
 
 def _unit(seconds: float) -> tuple[str, float]:
@@ -115,12 +128,18 @@ def _time(seconds: float) -> str:
 def _provenance(record: Record) -> str:
     machine = record["machine"]
     gpu = machine.get("gpu")
-    card = f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}; " if gpu else ""
+    driver = f", driver {gpu['driver']}" if gpu and "driver" in gpu else ""
+    card = f"{gpu['name']}{driver}, CUDA {gpu['cuda']}; " if gpu else ""
     dirty = " with local changes" if record["dirty"] else ""
+    threads = f"{machine['threads']} threads on " if "threads" in machine else ""
+    processor = [
+        machine.get("cpu", "a processor not recorded"),
+        f"{threads}{machine['cores']} cores",
+        machine.get("vector_code"),
+        f"{machine['memory_gb']} GB" if "memory_gb" in machine else None,
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
     return (
         f"`{record['command']}`, {record['date'][:10]}, commit {record['commit'][:9]}{dirty}; "
-        f"{card}{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, "
-        f"{machine['vector_code']}, {machine['memory_gb']} GB; {versions}. "
-        "Medians over interleaved rounds; extra memory is beyond the inputs, the results included."
+        f"{card}{', '.join(filter(None, processor))}; {versions}. {record.get('method', _METHOD)}"
     )

@@ -174,7 +174,8 @@ def _start(
 def _captured(runs: list[Run], entry: Entry) -> list[Run]:
     """Replays of the runs' graphs; the runs themselves, and why, where one cannot be captured."""
     try:
-        replays = [device.captured(run) for run in runs]
+        pool = torch.cuda.graph_pool_handle()
+        replays = [device.captured(run, pool) for run in runs]
     except Exception as failure:  # such as one that waits for the device
         device.check_still_works()
         entry["graph"] = f"not captured: {type(failure).__name__}: {failure}".splitlines()[0]
