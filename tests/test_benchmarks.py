@@ -476,6 +476,13 @@ class TestRecord:
         assert [path.name for path in written] == ["pdcr_time.png", "pdcr_memory.png"]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
+    def test_a_picture_without_a_point_is_not_drawn(self, made: record.Record, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        for entry in made["cases"][0]["implementations"].values():
+            entry.pop("peak_bytes", None)
+        assert [path.name for path in plot.draw([made], tmp_path)] == ["pdcr_time.png"]
+        assert [path.name for path in tmp_path.glob("*_memory.png")] == []
+
 
 KEPT = [path for path in sorted(record.RESULTS.glob("*.json")) if "cases" in json.loads(path.read_text())]
 
