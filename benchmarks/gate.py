@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -62,10 +63,6 @@ def _with_gradients(gate: Gate) -> Callable[[Size, Inputs], Run]:
     return prepare
 
 
-def _triton(features: Tensor, logits: Tensor) -> Tensor:
-    return functional.entropy_gate(features, logits, backend="triton")
-
-
 def _compiled(size: Size, inputs: Inputs) -> Run:
     gate = torch.compile(reference.entropy_gate, dynamic=False, fullgraph=True)
     return _with_gradients(gate)(size, inputs)
@@ -109,7 +106,6 @@ OPERATION = Operation(
     work=_work,
     implementations=(
         Implementation(OURS, _with_gradients(functional.entropy_gate)),
-        Implementation("ours, Triton", _with_gradients(_triton), devices=("cuda",)),
         Implementation(
             "reference",
             _with_gradients(reference.entropy_gate),
@@ -117,6 +113,11 @@ OPERATION = Operation(
         ),
         Implementation(
             "torch.compile", _compiled, bytes_needed=lambda size: 2 * size.feature_bytes, compiles=True
+        ),
+        Implementation(
+            "ours in Triton",
+            _with_gradients(partial(functional.entropy_gate, backend="triton")),
+            devices=("cuda",),
         ),
         Implementation("copying the bytes that must move", _copies, yardstick=True, weighed=False),
     ),
