@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -375,8 +377,8 @@ class String {
   std::string_view view() const {
     const char* data;
     size_t length;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
     return {data, length};
   }
 

@@ -1,6 +1,8 @@
 // The entropy gate's kernels on a card: one instance for each type of the features, layout, and width of the loads.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "cuda/entropy_gate_kernel.h"
 
@@ -67,7 +69,7 @@ template <class Work>
 void launch_on_current_stream(const Work& work, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   int processors = 1;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
