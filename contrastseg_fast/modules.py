@@ -693,12 +693,12 @@ def _check_resolution(
 ) -> None:
     """Check that the boxes of a map are centred on the label map, as they are on the network's input."""
     for axis, (count, extent) in enumerate(zip(map_shape, label_shape, strict=True)):
-        size, stride, start = field.size[axis], field.stride[axis], field.start[axis]
-        input_extent = 2 * start + (count - 1) * stride + size
-        if count > 0 and abs(input_extent - extent) > stride + extent / 4:
+        stride, start, unit = field.grids[axis]
+        input_extent = 2 * start + (count - 1) * stride + field.size[axis] * unit  # in 1 / unit of a pixel
+        if count > 0 and 4 * abs(input_extent - extent * unit) > 4 * stride + extent * unit:
             _checks.fail(
                 "labels",
                 f"the resolution of the network's input, for features[{layer!r}] of shape {tuple(map_shape)} "
-                f"about {float(input_extent):.0f} pixels along spatial axis {axis}",
+                f"about {input_extent / unit:.0f} pixels along spatial axis {axis}",
                 f"shape {tuple(label_shape)}",
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from numbers import Rational
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,17 @@ from torch.utils._pytree import tree_leaves
 from contrastseg_fast import _checks
 from contrastseg_fast._field_algebra import Boxes, Field, Unbounded
 from contrastseg_fast._field_tracker import CircularPaddingAsZeros, FieldTracker
+
+
+class BoxGrid(NamedTuple):
+    """Where boxes lie along an axis: box i starts at `floor((start + i * stride) / unit)`.
+
+    Integers, since a call may be compiled, and torch.compile does not follow a `Fraction` in every version.
+    """
+
+    stride: int
+    start: int
+    unit: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +70,7 @@ class ReceptiveField:
     stride: tuple[int | Fraction, ...]
     start: tuple[int | Fraction | float, ...]
     reason: str = field(default="", compare=False)
+    grids: tuple[BoxGrid, ...] = field(init=False, compare=False)  # one per axis; none in an infinite field
 
     def __post_init__(self) -> None:
         for name in ("size", "stride", "start"):
@@ -72,9 +84,11 @@ class ReceptiveField:
                 _checks.integer("size", extent, 1)
         stride = [0 if u else _rational("stride", x) for x, u in zip(self.stride, infinite, strict=True)]
         start = [-math.inf if u else _rational("start", x) for x, u in zip(self.start, infinite, strict=True)]
+        grids = () if any(infinite) else map(_grid, stride, start)
         object.__setattr__(self, "size", tuple(self.size))
         object.__setattr__(self, "stride", tuple(stride))
         object.__setattr__(self, "start", tuple(start))
+        object.__setattr__(self, "grids", tuple(grids))
 
     @property
     def spatial_dims(self) -> int:
@@ -104,11 +118,9 @@ class ReceptiveField:
         _checks.shape("indices", indices, (indices.shape[0], self.spatial_dims), "D axes of the field")
         self._require_finite("starts")
         corners = []
-        for axis in range(self.spatial_dims):
-            stride, start = Fraction(self.stride[axis]), Fraction(self.start[axis])
-            unit = math.lcm(stride.denominator, start.denominator)
-            position = indices[:, axis].long() * int(stride * unit) + int(start * unit)
-            corners.append(position.div(unit, rounding_mode="floor"))
+        for axis, grid in enumerate(self.grids):
+            position = indices[:, axis].long() * grid.stride + grid.start
+            corners.append(position.div(grid.unit, rounding_mode="floor"))
         return torch.stack(corners, 1)
 
     def centred(self, patch_size: int | Sequence[int]) -> ReceptiveField:
@@ -386,6 +398,12 @@ def _rational(name: str, value: object) -> int | Fraction:
         _checks.fail_type(name, "integers or fractions.Fraction", repr(value))
     exact = Fraction(value)
     return int(exact) if exact.denominator == 1 else exact
+
+
+def _grid(stride: int | Fraction, start: int | Fraction | float) -> BoxGrid:
+    exact_start = Fraction(start)
+    unit = math.lcm(stride.denominator, exact_start.denominator)
+    return BoxGrid(int(stride * unit), int(exact_start * unit), unit)
 
 
 _READS_VALUES = (

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import doctest
+import fractions
 import io
 import pickle
 import re
+import sys
+from fractions import Fraction
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -211,6 +215,41 @@ def test_images_may_change_their_size_when_compiled(options: dict[str, Any]) -> 
     compiled = torch.compile(pdcr, fullgraph=True, backend="aot_eager", dynamic=True)
     for height, width in ((24, 20), (32, 28), (16, 40)):
         features, labels = torch.randn(2, 5, height // 2, width // 2), blob_labels(2, (height, width), 3)
+        torch.testing.assert_close(compiled([features], labels), pdcr([features], labels))
+
+
+FRACTIONAL = ReceptiveField(size=(5, 6), stride=(Fraction(3, 2), 2), start=(Fraction(-9, 4), -2))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"patch_sizes": (3, (5, 4))}], ids=str)
+def test_a_call_runs_no_code_of_fractions(options: dict[str, Any]) -> None:
+    """torch.compile of torch 2.11 breaks at it."""
+    features = {"stem": torch.randn(2, 5, 12, 10), "deep": torch.randn(2, 8, 16, 10)}
+    features = {layer: each.requires_grad_() for layer, each in features.items()}
+    labels, mask = labels_with_holes(), torch.ones(2, 1, 24, 20)
+    pdcr = PDCRLoss({"stem": STEM, "deep": FRACTIONAL}, 3, ignore_index=255, **options)
+    met = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename == fractions.__file__:
+            met.append(frame.f_code.co_name)
+
+    profiler = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        pdcr(features, labels, mask).sum().backward()
+    finally:
+        sys.setprofile(profiler)
+    assert not met
+    assert all(each.grad.any() for each in features.values())
+
+
+def test_fractional_strides_compile() -> None:
+    torch.compiler.reset()  # the limit of recompilations counts those of other tests
+    pdcr = PDCRLoss([FRACTIONAL], 3, num_samples=40)
+    compiled = torch.compile(pdcr, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width in ((24, 20), (33, 28), (18, 40)):
+        features, labels = torch.randn(2, 5, height * 2 // 3, width // 2), blob_labels(2, (height, width), 3)
         torch.testing.assert_close(compiled([features], labels), pdcr([features], labels))
 
 
