@@ -103,16 +103,19 @@ def _architectures(nvcc: str) -> Iterator[str]:
     yield f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"
 
 
+def _launcher_command(nvcc: str, includes: list[str]) -> list[str]:
+    """What compiles a .cu file, but for the file and what to make of it."""
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", *(["-ccbin", CXX] if "CXX" in os.environ else [])]
+    macros = ["-DUSE_CUDA", f"-D{'='.join(STABLE_ABI)}"]
+    options = ["-O3", "-std=c++17", "--threads", "0", *_architectures(nvcc), *host, *macros]
+    return [nvcc, *options, *(f"-I{path}" for path in includes)]
+
+
 def _compile_launcher(nvcc: str, source: str, folder: str, includes: list[str]) -> str:
     """Compile a .cu file; returns the object file."""
     target = Path(folder) / Path(source).with_suffix(".cu.o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", *(["-ccbin", CXX] if "CXX" in os.environ else [])]
-    macros = ["-DUSE_CUDA", f"-D{'='.join(STABLE_ABI)}"]
-    command = [nvcc, "-O3", "-std=c++17", "--threads", "0", *_architectures(nvcc), *host, *macros]
-    subprocess.run(
-        [*command, *(f"-I{path}" for path in includes), "-c", source, "-o", str(target)], check=True
-    )
+    subprocess.run([*_launcher_command(nvcc, includes), "-c", source, "-o", str(target)], check=True)
     return str(target)
 
 
