@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OTHER := .venv-integrations
-OTHER_BIN := $(OTHER)/bin
-OTHER_TORCH := $(OTHER)/.torch
 OTHER_READY := $(OTHER)/.ready
+VERSION := newest
+override VERSION := $(or $(VERSION),newest)
+TORCH := .venv-torch-$(VERSION)
+TORCH_READY := $(TORCH)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+INSTALLED := pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
 
-.PHONY: setup demo test test-integrations bench bench-networks gpu-check lint clean
+.PHONY: setup demo test test-torch test-integrations bench bench-networks gpu-check lint clean
 
 setup: $(READY)
 
@@ -25,30 +28,55 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-# The newest torch and the frameworks, with the package installed there as users install it.
-$(OTHER_TORCH):
-	$(PYTHON) -m venv $(OTHER)
-	$(OTHER_BIN)/pip install -q torch torchvision "setuptools>=77" wheel ninja numpy
-	touch $@
+# An environment $(1) with the packages $(2) and what builds this one.
+define make-environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install -q $(2) "setuptools>=77" wheel ninja
+	touch $(1)/.torch
+endef
 
-$(OTHER_READY): $(OTHER_TORCH) pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
-	rm -rf $(OTHER)/build/lib*
-	printf '[build]\nbuild_base = $(OTHER)/build\n' > $(OTHER)/build.cfg
-	DIST_EXTRA_CONFIG=$(OTHER)/build.cfg CONTRASTSEG_FAST_REQUIRE_EXTENSION=1 \
-		$(OTHER_BIN)/pip install -q --no-build-isolation ".[integrations]"
-	touch $@
+# The package with its extra $(2), in the environment $(1) as users install it.
+define install-package
+	rm -rf $(1)/build/lib*
+	printf '[build]\nbuild_base = $(1)/build\n' > $(1)/build.cfg
+	DIST_EXTRA_CONFIG=$(1)/build.cfg CONTRASTSEG_FAST_REQUIRE_EXTENSION=1 \
+		$(1)/bin/pip install -q --no-build-isolation ".[$(2)]"
+	touch $(1)/.ready
+endef
 
-# Without the repository on the path, so that tests import the installed package.
-test-integrations: $(OTHER_READY)
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/tests $(OTHER_BIN)/pytest -o pythonpath= -o testpaths=tests \
+# The tests in the environment $(1), without the repository on the path, so that they import the installed package.
+define test-package
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/tests $(1)/bin/pytest -o pythonpath= -o testpaths=tests \
 		--ignore tests/test_benchmarks.py --ignore tests/gpu/test_timing.py $(ARGS)
+endef
+
+# The interpreter of Triton 3.6, which torch 2.11 needs, fails with numpy 2.4.
+$(TORCH)/.torch:
+	$(call make-environment,$(TORCH),$(if $(filter newest,$(VERSION)),torch,"torch==$(VERSION)") \
+		$(if $(filter 2.11.%,$(VERSION)),"numpy<2.4",numpy))
+
+$(TORCH_READY): $(TORCH)/.torch $(INSTALLED)
+	$(call install-package,$(TORCH),dev)
+
+test-torch: $(TORCH_READY)
+	$(call test-package,$(TORCH))
+
+# The newest torch and the frameworks.
+$(OTHER)/.torch:
+	$(call make-environment,$(OTHER),numpy torch torchvision)
+
+$(OTHER_READY): $(OTHER)/.torch $(INSTALLED)
+	$(call install-package,$(OTHER),integrations)
+
+test-integrations: $(OTHER_READY)
+	$(call test-package,$(OTHER))
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Where the frameworks are, whose networks are measured; the extension is that of `make setup`.
 bench-networks: $(READY) $(OTHER_READY)
-	$(OTHER_BIN)/python -m benchmarks --networks $(ARGS)
+	$(OTHER)/bin/python -m benchmarks --networks $(ARGS)
 
 gpu-check: $(READY)
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
