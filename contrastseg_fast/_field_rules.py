@@ -26,12 +26,13 @@ Taps = Callable[[int], Iterable[int]]
 MOVES: dict[str, Callable[..., list[Move]]] = {}
 RULES: dict[str, Callable[..., Field]] = {}
 
-# Elementwise operators that torch does not tag as such.
+# Elementwise operators that torch does not tag as such, or not in every version (leaky_relu).
 # fmt: off
 _ELEMENTWISE = frozenset([
     "_prelu_kernel", "_to_copy", "bernoulli", "cauchy", "complex", "copy", "exponential", "fill",
-    "floor_divide", "geometric", "hardswish", "lift_fresh", "log_normal", "log_sigmoid_forward", "mish",
-    "native_dropout", "normal", "polar", "random", "rrelu_with_noise", "rsub", "uniform", "where", "zero",
+    "floor_divide", "geometric", "hardswish", "leaky_relu", "lift_fresh", "log_normal", "log_sigmoid_forward",
+    "mish", "native_dropout", "normal", "polar", "random", "rrelu_with_noise", "rsub", "uniform", "where",
+    "zero",
 ])
 # fmt: on
 

@@ -531,6 +531,20 @@ def test_normalisation_counts_as_elementwise() -> None:
     assert receptive_fields(model, (1, 1, 32, 32), "4")["4"].size == (3, 3)
 
 
+IN_PLACE = ("CELU", "ELU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "Mish", "RReLU", "ReLU")
+IN_PLACE += ("ReLU6", "SELU", "SiLU")
+ACTIVATIONS = (*IN_PLACE, "GELU", "Hardshrink", "LogSigmoid", "PReLU", "Sigmoid", "Softplus", "Softshrink")
+ACTIVATIONS += ("Softsign", "Tanh", "Tanhshrink")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_elementwise(name: str) -> None:
+    """Also those that some version of torch does not tag so."""
+    for options in [{}, {"inplace": True}] if name in IN_PLACE else [{}]:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), getattr(nn, name)(**options))
+        assert receptive_fields(model, (1, 1, 32, 32), "1")["1"].size == (3, 3)
+
+
 def test_circular_padding_lies_outside_the_image() -> None:
     circular, zeros = (
         nn.Sequential(nn.Conv2d(1, 2, 5, 2, 2, padding_mode=mode)) for mode in ("circular", "zeros")
