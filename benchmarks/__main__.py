@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plot, record, registry, table
+from benchmarks import gpu_plan, plot, record, registry, table
 from benchmarks.session import Session
 from benchmarks.timing import Settings
 
+PARTS = {**registry.PARTS, **gpu_plan.PARTS}
 EVERYTHING = ("cpu.json", "cpu_large.json", "cpu_networks.json", "gpu_h100_2026-11-27.json")
 
 
@@ -21,7 +22,7 @@ def main() -> int:
     sizes.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     sizes.add_argument("--large", action="store_true", help="one call each at sizes that take minutes")
     sizes.add_argument("--networks", action="store_true", help="training steps of many networks")
-    sizes.add_argument("--part", choices=registry.PARTS, help="a part of the GPU's cases")
+    sizes.add_argument("--part", choices=PARTS, help="a part of the GPU's cases")
     parser.add_argument(
         "--trial", action="store_true", help="with --part: tiny sizes on the CPU, to try the commands"
     )
@@ -72,9 +73,9 @@ def main() -> int:
     elif args.networks:
         cases, name = registry.NETWORKS, "cpu_networks.json"
     elif args.part and args.trial:
-        cases, name = registry.trial(registry.PARTS[args.part]), "trial.json"
+        cases, name = registry.trial(PARTS[args.part]), "trial.json"
     elif args.part:
-        cases, name, device = registry.PARTS[args.part], f"gpu_{args.part}.json", "cuda"
+        cases, name, device = PARTS[args.part], f"gpu_{args.part}.json", "cuda"
         if not torch.cuda.is_available() and not args.list:
             parser.error(
                 "--part needs a CUDA device, and torch finds none; --trial runs tiny sizes on the CPU"

@@ -32,13 +32,13 @@ def measure(device: str) -> Ceilings:
     Random values throughout; medians. On the CPU sizes are small: it serves trials of the commands.
     """
     on_cuda = device == "cuda"
-    count = 2**29 if on_cuda else 2**20  # 2 GiB
+    count = 2**29 if on_cuda else 2**16  # 2 GiB
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
     ceilings: Ceilings = {
         "copy_bytes_per_second": 2 * source.nbytes / _seconds(lambda: target.copy_(source), on_cuda)
     }
-    extent = 8192 if on_cuda else 256
+    extent = 8192 if on_cuda else 64
     products = {}
     for name, dtype in MATRIX_DTYPES.items():
         if name == "tf32" and not on_cuda:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import time
 from math import ceil
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -72,6 +74,38 @@ def timed(run: Run, calls: int, host_seconds: float = _LONGEST_HEAD_START) -> Ti
     end.record()
     end.synchronize()
     return Timed(begin.elapsed_time(end) / 1e3 / calls, on_host / calls)
+
+
+def host_seconds(run: Run, calls: int = 9) -> float:
+    """Median seconds until a call returns, the device idle before each."""
+    seconds = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        since = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - since)
+    return median(seconds)
+
+
+def launches(run: Run) -> int:
+    """How many kernels, copies and fills a call puts on the device: the nodes of its graph."""
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        run()
+    count = ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    status = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    if status != 0:
+        raise RuntimeError(f"cuGraphGetNodes returned {status}")
+    return count.value
+
+
+def replayed_seconds(run: Run, rounds: int = 3) -> float:
+    """Median seconds of a call on the device, replayed from its graph."""
+    replay = captured(run)
+    first = timed(replay, 1)
+    calls = min(MOST_CALLS, ceil(SAMPLE_SECONDS / max(first.on_device, 1e-7)))
+    return median(timed(replay, calls, first.on_host).on_device for _ in range(rounds))
 
 
 def check_still_works() -> None:

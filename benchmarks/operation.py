@@ -76,7 +76,8 @@ class Operation:
 class Case:
     """An operation at one size. With `rounds` it runs exactly so often, without a first call to warm up.
 
-    With `graph`, on CUDA, replays of a captured graph are timed. Without `weighed` no memory is measured.
+    With `graph`, on CUDA, replays of a captured graph are timed, and beside them how long the host takes for
+    the call itself and how many launches it is. Without `weighed` no memory is measured.
     """
 
     operation: Operation

@@ -45,14 +45,20 @@ _ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
 
 
-def new(command: str, machine: dict[str, Any], settings: Settings, device: str = "cpu") -> Record:
-    """A record without cases; `machine` is pytest-benchmark's machine info, or like it."""
+def new(
+    command: str, machine: dict[str, Any], settings: Settings, device: str = "cpu", commit: str | None = None
+) -> Record:
+    """A record without cases; `machine` is pytest-benchmark's machine info, or like it.
+
+    `commit` names the sources where they come without git's folder, and `dirty` is then None.
+    """
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     on_gpu = {"gpu": gpu(), "gpu_kernels": _kernels("CUDA")} if device == "cuda" else {}
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "commit": commit or _git("rev-parse", "HEAD") or "unknown",
+        "dirty": None if changes is None else bool(changes),
         "machine": {
             "cpu": machine["cpu"].get("brand_raw", machine["processor"]),
             "cores": os.cpu_count(),
@@ -136,9 +142,14 @@ def describe_case(
 
 
 def save(record: Record, path: Path) -> None:
+    """Write the record in place of the last one, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(record), indent=1)
-    path.write_text(re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(
+        re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+    )
+    unfinished.replace(path)
 
 
 def load(path: Path) -> Record:
@@ -194,12 +205,15 @@ def _kernels(key: str) -> list[str]:
     return [name for name in sorted(names) if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where the sources are not under its control."""
+    if not (_ROOT / ".git").exists():
+        return None
     command = ["git", "-C", str(_ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, isfinite
 from statistics import median
@@ -156,6 +157,7 @@ def _start(
         entry["input_sets"] = len(runs)
         if case.graph:
             expected = runs[0]()
+            entry["uncaptured_host_seconds"] = device.host_seconds(runs[0])
             runs = _captured(runs, entry)
             checker.compare("the call itself, replayed", runs[0](), expected)
         return device.taking_turns(runs)
@@ -181,6 +183,8 @@ def _captured(runs: list[Run], entry: Entry) -> list[Run]:
         entry["graph"] = f"not captured: {type(failure).__name__}: {failure}".splitlines()[0]
         return runs
     entry["graph"] = "captured"
+    with suppress(OSError, RuntimeError):  # a count that fails leaves the times
+        entry["launches"] = device.launches(runs[0])
     return replays
 
 

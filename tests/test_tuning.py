@@ -58,6 +58,21 @@ def test_the_fastest_is_kept_in_memory_and_on_disk(timed, tmp_path, monkeypatch)
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_a_forced_launch_overrules_tables_and_tuning_for_its_families(timed):
+    with _tuning.forced("fam", BIG):
+        assert choose(timed) == BIG
+        assert choose(timed, "another family") == FAST
+    timed.clear()
+    assert choose(timed) == FAST
+    assert timed == [DEFAULT, BIG, FAST]
+
+
+def test_a_forced_launch_ends_with_its_block_whatever_happens(timed):
+    with pytest.raises(RuntimeError, match="no room"), _tuning.forced("family", BIG):
+        raise RuntimeError("no room")
+    assert choose(timed) == FAST
+
+
 def test_nothing_is_timed_unless_asked_for_nor_in_a_graph(timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose(timed) == DEFAULT

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from contrastseg_fast.experiments import provenance, runs
 from contrastseg_fast.experiments.config import Config
 from contrastseg_fast.experiments.files import replace_text
+from contrastseg_fast.experiments.paired import paired_difference
 
-CONFIDENCE = 0.95
 SCORES = ("dice", "jaccard", "accuracy")
 NO_PDCR = {"pdcr.weight": 0.0}
 NO_GATE = {"gate.kind": "none"}
@@ -162,26 +161,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"n": len(values), "mean": float(np.mean(values)), "sd": deviation}
-
-
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """The mean difference of pairs, and its two-sided 95 % t interval, which one pair does not have.
-
-    >>> paired_difference([2.0, 3.0], [1.0, 1.0])["mean"]
-    1.5
-    """
-    differences = np.subtract(values, baseline)
-    low = high = None
-    if len(differences) > 1:
-        error = stats.sem(differences)
-        reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
-        low, high = float(differences.mean() - reach), float(differences.mean() + reach)
-    return {
-        "n": len(differences),
-        "mean": float(differences.mean()),
-        "low": low,
-        "high": high,
-    }
 
 
 def summarise(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

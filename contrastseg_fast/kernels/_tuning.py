@@ -2,14 +2,15 @@
 
 With `CONTRASTSEG_FAST_AUTOTUNE=1`, the first call of every family of shapes times the candidates on its own
 data and keeps the fastest, by card and Triton version, in `launch.json` of `CONTRASTSEG_FAST_CACHE` (default:
-~/.cache/contrastseg_fast). Otherwise the tables in the kernels' files decide.
+~/.cache/contrastseg_fast). Otherwise the tables in the kernels' files decide. `forced` overrules both.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,17 @@ class Launch(NamedTuple):
 
 
 _chosen: dict[str, Launch] = {}
+_forced: dict[str, Launch] = {}  # by what the names of their families begin with
+
+
+@contextmanager
+def forced(prefix: str, launch: Launch) -> Iterator[None]:
+    """Use `launch` for all families whose names begin with `prefix`, to measure what no table has."""
+    _forced[prefix] = launch
+    try:
+        yield
+    finally:
+        del _forced[prefix]
 
 
 def tuned(
@@ -37,13 +49,16 @@ def tuned(
     tensor: Tensor,
     run: Callable[[Launch], object],
 ) -> Launch:
-    """The fastest launch for a family of shapes: `default`, unless tuning was asked for.
+    """The fastest launch for a family of shapes: `default`, unless tuning is asked for or a launch forced.
 
     Args:
         family: what the choice depends on, in words.
         tensor: on the card that `run` uses.
         run: does the work with a given launch; one that does not fit the card raises.
     """
+    for prefix, launch in _forced.items():
+        if family.startswith(prefix):
+            return launch
     if os.environ.get("CONTRASTSEG_FAST_AUTOTUNE") != "1" or not tensor.is_cuda:
         return default
     key = f"{torch.cuda.get_device_name(tensor.device)}, Triton {triton.__version__}: {family}"

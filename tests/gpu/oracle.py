@@ -16,6 +16,9 @@ from contrastseg_fast import functional, reference
 FP32_EPS = torch.finfo(torch.float32).eps
 LARGEST_FP32_ERROR = 1e-5
 _PAIRS_AT_ONCE = 1 << 25
+COMPARED: list[
+    tuple[str, float, float, float]
+] = []  # name, our error, plain PyTorch's, allowed; see outcomes.py
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -97,7 +100,9 @@ def assert_pdcr_as_exact_as_plain(
 def assert_as_exact(name: str, actual: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> None:
     assert actual.shape == exact.shape, name
     assert torch.isfinite(actual).all(), name
-    error, allowed = normwise_error(actual, exact), 2 * normwise_error(plain, exact) + rounding
+    error, of_plain = normwise_error(actual, exact), normwise_error(plain, exact)
+    allowed = 2 * of_plain + rounding
+    COMPARED.append((name, error, of_plain, allowed))
     assert error <= allowed, f"{name}: {error:.3g} against {allowed:.3g}"
 
 
