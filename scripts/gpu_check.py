@@ -224,7 +224,7 @@ def _start(command: list[str], log: Path, environment: dict[str, str]) -> subpro
             },
             stdout=stream,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its children end with it
+            preexec_fn=os.setpgrp,  # so that its children end with it; the session stays this process's
         )
 
 

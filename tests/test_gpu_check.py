@@ -282,6 +282,17 @@ class TestPlan:
             "sanitizer": "compute-sanitizer was not found",
         }
 
+    def test_tools_get_the_short_programs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "which", lambda name: f"/tools/{name}")
+        commands = self.commands(tmp_path)
+        (counters,) = commands["counters"]
+        assert counters[:3] == ["/tools/ncu", "--clock-control", "none"]  # the card's clocks stay as they are
+        assert counters[-4:] == [sys.executable, "-m", "benchmarks.once", "--profile"]
+        assert str(tmp_path / "counters.csv") in counters
+        for tool, command in zip(("memcheck", "racecheck"), commands["sanitizer"], strict=True):
+            assert command[:3] == ["/tools/compute-sanitizer", "--tool", tool]
+            assert command[-3:] == [sys.executable, "-m", "benchmarks.once"]
+
     def test_only_keeps_the_order_and_what_describes_the_machine(self, tmp_path: Path) -> None:
         assert list(self.commands(tmp_path, only=["timings", "right"])) == ["build", "right", "timings"]
 
