@@ -57,9 +57,8 @@ PLAN = {  # in order of worth
 }
 NO_DEVICE = 2  # exit status
 LARGE_TESTS = "beyond_32_bits or test_large or 131072"
-DRY_TESTS = (
-    "nothing or cpu_tensors or fp64 or certain or expanded or random-131072"  # a sample, quick on a CPU
-)
+# A sample, quick on a CPU.
+DRY_TESTS = "nothing or cpu_tensors or fp64 or certain or expanded or random-131072"
 MARGIN = 5.0  # seconds before a part's end in which its programs begin nothing new
 RENEW_SECONDS = 3.0  # between looks at what a running part has left
 _TAIL = 12  # lines of the log of a process that failed
@@ -96,6 +95,7 @@ class Keeper:
 
     def keep(self, part: Part, found: Result) -> None:
         """Put a part's outcome, with what it has left so far, into the record."""
+        found.pop("unread", None)
         try:
             found["result"] = part.result()
             found["lines"] = part.lines(found["result"]) if found["result"] else []

@@ -228,6 +228,16 @@ class TestWhatIsKept:
         assert written(keeper)["torn"]["outcome"] == "ok"
         assert "Expecting" in written(keeper)["torn"]["unread"]
 
+    def test_results_that_could_not_be_read_for_a_while(self, keeper: gpu_check.Keeper) -> None:
+        texts = iter(["{", '{"seen": 3}'])
+        slow = part("slow", "", result=lambda: json.loads(next(texts)))
+        keeper.record["parts"] = {}
+        found: dict[str, Any] = {"outcome": "running"}
+        keeper.keep(slow, found)
+        assert "unread" in written(keeper)["slow"]
+        keeper.keep(slow, found)
+        assert written(keeper)["slow"] == {"outcome": "running", "result": {"seen": 3}, "lines": []}
+
     def test_no_paths_of_this_machine_in_the_record(self, keeper: gpu_check.Keeper) -> None:
         command = [
             sys.executable,
