@@ -61,7 +61,7 @@ _PANEL_BYTES = (16 << 20, 64 << 20)  # least and most, for the similarities of o
 FORWARD = {
     80: {
         True: {64: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
-        False: {64: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
+        False: {64: Launch(128, 64, 8, 3), 256: Launch(64, 64, 4, 2)},
     },
     90: {
         True: {64: Launch(128, 128, 8, 3), 256: Launch(128, 128, 8, 2)},
@@ -75,7 +75,7 @@ FORWARD = {
 BACKWARD = {
     80: {
         True: {64: Launch(128, 64, 8, 3), 128: Launch(64, 64, 4, 2), 256: Launch(64, 64, 8, 2)},
-        False: {128: Launch(64, 64, 4, 2), 256: Launch(64, 64, 8, 2)},
+        False: {256: Launch(64, 64, 8, 2)},
     },
     90: {
         True: {64: Launch(128, 128, 8, 3), 128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 3)},
@@ -278,7 +278,8 @@ def _add_product(sum: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _modes(form: _Form, num_classes: int) -> dict[str, Any]:
     return {
-        "CLASSES": num_classes if num_classes <= _UNROLLED_CLASSES else 0,
+        "CLASSES": num_classes if num_classes <= _UNROLLED_CLASSES else 1,
+        "MORE_CLASSES": num_classes > _UNROLLED_CLASSES,
         "CATEGORICAL": form.categorical,
         "PLAIN": form.plain,
     }

@@ -116,22 +116,37 @@ def _load_rows(rows_ptr, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _distance(phi_ptr, i, j, padded, num_classes, CLASSES: tl.constexpr, CATEGORICAL: tl.constexpr, unequal):
-    """Scaled class distances of a tile; `CLASSES` = 0 loops at run time."""
+def _add_distance(distance, phi_ptr, i, j):
+    """The distances of one class added to those of others."""
+    phi_i = tl.load(phi_ptr + i)  # [BLOCK_I]
+    phi_j = tl.load(phi_ptr + j)  # [BLOCK_J]
+    return distance + tl.abs(phi_i[:, None] - phi_j[None, :])
+
+
+@triton.jit
+def _distance(
+    phi_ptr,
+    i,
+    j,
+    padded,
+    num_classes,
+    unequal,
+    CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
+    CATEGORICAL: tl.constexpr,
+):
+    """Scaled class distances of a tile; classes behind the first `CLASSES` take a loop at run time."""
     if CATEGORICAL:
         differ = tl.load(phi_ptr + i)[:, None] != tl.load(phi_ptr + j)[None, :]  # [BLOCK_I, BLOCK_J]
-        distance = tl.where(differ, unequal, 0.0)
-    elif CLASSES > 0:
-        distance = tl.abs(tl.load(phi_ptr + i)[:, None] - tl.load(phi_ptr + j)[None, :])
-        for m in tl.static_range(1, CLASSES):
-            phi_i = tl.load(phi_ptr + m * padded + i)  # [BLOCK_I]
-            phi_j = tl.load(phi_ptr + m * padded + j)  # [BLOCK_J]
-            distance += tl.abs(phi_i[:, None] - phi_j[None, :])
-    else:
-        distance = tl.abs(tl.load(phi_ptr + i)[:, None] - tl.load(phi_ptr + j)[None, :])
-        for _ in range(1, num_classes):
-            phi_ptr += padded
-            distance += tl.abs(tl.load(phi_ptr + i)[:, None] - tl.load(phi_ptr + j)[None, :])
+        return tl.where(differ, unequal, 0.0)
+    distance = tl.abs(tl.load(phi_ptr + i)[:, None] - tl.load(phi_ptr + j)[None, :])
+    for m in tl.static_range(1, CLASSES):
+        distance = _add_distance(distance, phi_ptr + m * padded, i, j)
+    if MORE_CLASSES:  # noqa: SIM102
+        # Always true; but where a loop stands directly within the loop over tiles, nothing is copied ahead.
+        if num_classes > CLASSES:
+            for further in range(CLASSES, num_classes):
+                distance = _add_distance(distance, phi_ptr + further * padded, i, j)
     return distance
 
 
@@ -209,6 +224,7 @@ def pdcr_fwd_kernel(
     unequal,
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
     PLAIN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -241,7 +257,7 @@ def pdcr_fwd_kernel(
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
         rows_j = _load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
-        distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
+        distance = _distance(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
         is_above = column_tile * BLOCK_J >= (tile + 1) * BLOCK_I
         total, highest, attraction = _add_pairs(
             product,
@@ -282,6 +298,7 @@ def pdcr_fwd_panel_kernel(
     shift,
     unequal,
     CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
     PLAIN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -313,7 +330,7 @@ def pdcr_fwd_panel_kernel(
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
         product = tl.load(panel_ptrs[:, None] + (j - first_column)[None, :])  # [BLOCK_I, BLOCK_J]
-        distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
+        distance = _distance(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
         is_above = column_tile * BLOCK_J >= (tile + 1) * BLOCK_I
         total, highest, attraction = _add_pairs(
             product,
@@ -433,6 +450,7 @@ def pdcr_bwd_kernel(
     weight_scale,  # of the pair weights, before they are rounded
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
     PLAIN: tl.constexpr,
     STABLE: tl.constexpr,
@@ -458,7 +476,7 @@ def pdcr_bwd_kernel(
         z_j = tl.load(z_ptr + j)  # [BLOCK_J]
         rows_j = _load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
-        distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
+        distance = _distance(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
         weight = _pair_weight(
             product, distance, scale_i, scale_j, z_i, z_j, bias, slope, shift, pull, offset, PLAIN, STABLE
         )
@@ -490,6 +508,7 @@ def pdcr_pairs_kernel(
     offset,
     weight_scale,
     CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
     PLAIN: tl.constexpr,
     STABLE: tl.constexpr,
@@ -512,7 +531,7 @@ def pdcr_pairs_kernel(
     scale_i, scale_j = tl.load(scale_ptr + i), tl.load(scale_ptr + j)
     z_i, z_j = tl.load(z_ptr + i), tl.load(z_ptr + j)
     product = tl.load(panel_ptr + offsets, inside, 0.0)  # [BLOCK_I, BLOCK_J]
-    distance = _distance(phi_ptr, i, j, padded, num_classes, CLASSES, CATEGORICAL, unequal)
+    distance = _distance(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
     weight = _pair_weight(
         product, distance, scale_i, scale_j, z_i, z_j, bias, slope, shift, pull, offset, PLAIN, STABLE
     )
