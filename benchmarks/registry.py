@@ -172,7 +172,7 @@ GPU_STEPS = tuple(
     Case(step.OPERATION, step.Size(samples, 16, 512, dtype="bf16"), "cuda") for samples in (256, 1024)
 )
 
-# What `scripts/gpu_check.py` measures, in parts of a few minutes each.
+# What `python -m benchmarks --part NAME` measures on a GPU, in parts of a few minutes each.
 PARTS: dict[str, tuple[Case, ...]] = {
     "pdcr-small": (*GPU_SMALL, *_not_among(_sizes((128, 256, 512, 1024, 2048)), GPU_SMALL)),
     "pdcr-large": (

@@ -6,10 +6,9 @@ from math import isinf
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu_plan import TARGETS
 from benchmarks.operation import OURS
 from benchmarks.record import Record
-from benchmarks.registry import Target
+from benchmarks.registry import TARGETS, Target
 from benchmarks.timing import Entry
 
 CaseRecord = dict[str, Any]
