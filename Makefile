@@ -12,7 +12,7 @@ TORCH_READY := $(TORCH)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 INSTALLED := pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
 
-.PHONY: setup demo test test-torch test-integrations bench bench-networks gpu-check lint clean
+.PHONY: setup demo test aot test-torch test-integrations bench bench-networks gpu-check lint clean
 
 setup: $(READY)
 
@@ -70,6 +70,16 @@ $(OTHER_READY): $(OTHER)/.torch $(INSTALLED)
 
 test-integrations: $(OTHER_READY)
 	$(call test-package,$(OTHER))
+
+# Every launch of the tests and benchmarks compiled for all cards, by the oldest Triton and the newest.
+aot: aot-3.6.0 aot-newest
+
+.venv-triton-%/.torch:
+	$(call make-environment,.venv-triton-$*,"torch==2.13.0" numpy pytest \
+		$(if $(filter newest,$*),triton,"triton==$*"))
+
+aot-%: .venv-triton-%/.torch
+	CONTRASTSEG_FAST_AOT=all .venv-triton-$*/bin/python -m pytest tests/test_ahead_of_time.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
