@@ -7,9 +7,9 @@ bound and specialised as on a card of that compute capability (divisibility by 1
 options), and then left out, so results are whatever memory held: only launches mean anything here. OUT is a
 pickled `Recording`. SOURCE is one of
 
+    tables       calls that take every entry of the launch tables of that card
     tests        the calls of tests/gpu at the sizes of a GPU
     benchmarks   the calls of the GPU cases of benchmarks/registry.py
-    tables       one call for every entry of the launch tables of that card
     counts       `CALLS`, whose launches are counted
 
 `-O` keeps assertions about results from ending a test before its last call. `ahead_of_time.py` compiles.
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-SOURCES = ("tests", "benchmarks", "tables", "counts")
+SOURCES = ("tables", "tests", "benchmarks", "counts")
 _ROOT = Path(__file__).resolve().parent.parent
 _OPERATORS = {  # the functions that serve CUDA tensors, by file of ops/ and operator
     "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
@@ -69,6 +69,11 @@ class Variant(NamedTuple):
         """`num_warps`, `num_stages` and so on."""
         return dict(self.options)[name]
 
+    def in_bf16(self) -> Variant:
+        """The same with bf16 in place of fp16."""
+        bf16 = ((name, kind.replace("fp16", "bf16")) for name, kind in self.signature)
+        return self._replace(signature=tuple(bf16))
+
     def describe(self) -> str:
         """In words, for a test that fails."""
         names = [argument for argument, _ in self.signature]
@@ -76,6 +81,13 @@ class Variant(NamedTuple):
         types = ", ".join(f"{name}: {kind}" for name, kind in self.signature if kind != "constexpr")
         warps, stages = self.option("num_warps"), self.option("num_stages")
         return f"{self.kernel}({types}; {constants}; num_warps={warps}, num_stages={stages})"
+
+
+class Call(NamedTuple):
+    """Where a launch comes from."""
+
+    source: str
+    name: str
 
 
 class Count(NamedTuple):
@@ -88,7 +100,7 @@ class Count(NamedTuple):
 class Recording(NamedTuple):
     """What a run of the sources launched."""
 
-    variants: dict[Variant, str]  # and the first call that launched it
+    variants: dict[Variant, Call]  # and the first call that launched it
     counts: dict[str, Count]  # by name of `CALLS`
     refused: list[str]  # launches that no card takes
 
@@ -98,11 +110,11 @@ class Recorder:
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
-        self.variants: dict[Variant, str] = {}
+        self.variants: dict[Variant, Call] = {}
         self.launches: collections.Counter[str] = collections.Counter()
         self.counts: dict[str, Count] = {}
         self.refused: list[str] = []
-        self.call = ""
+        self.call = Call("", "")
 
     def recording(self) -> Recording:
         return Recording(self.variants, self.counts, self.refused)
@@ -141,7 +153,7 @@ class Recorder:
         self.launches[kernel] += 1
         for size, largest in zip(grid, LARGEST_GRID, strict=False):
             if not 0 < size <= largest:
-                self.refused.append(f"{self.call}: {kernel} with grid {grid}")
+                self.refused.append(f"{self.call.name}: {kernel} with grid {grid}")
 
     def _serve_cpu_tensors(self) -> None:
         from contrastseg_fast import _backend, functional
@@ -251,7 +263,7 @@ def _run_tests(recorder: Recorder) -> None:
             _replace_references()
 
         def pytest_runtest_setup(self, item: pytest.Item) -> None:
-            recorder.call = item.nodeid
+            recorder.call = Call("tests", item.nodeid)
 
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -268,6 +280,8 @@ def _run_tests(recorder: Recorder) -> None:
         "--device",
         "launches",
     ]
+    if os.environ.get("CONTRASTSEG_FAST_AOT") != "all":
+        options += ["-k", "not compiled"]  # by torch.compile, which takes long: eager calls launch the same
     if pytest.main([str(_ROOT / "tests" / "gpu"), *options], plugins=[Calls()]) != 0:
         raise SystemExit("a test did not make all its calls")
 
@@ -311,7 +325,7 @@ def _run_benchmarks(recorder: Recorder) -> None:
     for part in registry.PARTS.values():
         for case in part:
             if case.operation in kernels:
-                recorder.call = case.id
+                recorder.call = Call("benchmarks", case.id)
                 with _CheapRandom():
                     inputs = case.operation.make_inputs(case.size, "cpu")
                     case.operation.implementation(OURS).prepare(case.size, inputs)()
@@ -325,13 +339,15 @@ def _run_tables(recorder: Recorder) -> None:
 
     widths = {width for table in (FORWARD, BACKWARD) for by_width in sm_table(table, torch.empty(0)).values()
               for width in by_width}  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float16):
-        for width in sorted(widths):
-            for classes, temperature in ((2, 0.5), (5, 0.5), (12, 0.5), (2, 0.001)):
-                recorder.call = f"{width} channels, {classes} classes, temperature {temperature}, {dtype}"
-                vectors = torch.zeros(1, 1024, width, dtype=dtype, requires_grad=True)
-                loss = pdcr_loss(vectors, torch.zeros(1, 1024, classes), temperature=temperature)
-                torch.autograd.grad(loss, vectors)
+    modes = [(torch.bfloat16, 2, 0.5), (torch.bfloat16, 5, 0.5), (torch.bfloat16, 12, 0.5)]
+    modes += [(torch.bfloat16, 2, 0.001), (torch.float16, 2, 0.5)]
+    for width in sorted(widths):
+        for dtype, classes, temperature in modes:
+            name = f"{width} channels, {classes} classes, temperature {temperature}, {dtype}"
+            recorder.call = Call("tables", name)
+            vectors = torch.zeros(1, 1024, width, dtype=dtype, requires_grad=True)
+            loss = pdcr_loss(vectors, torch.zeros(1, 1024, classes), temperature=temperature)
+            torch.autograd.grad(loss, vectors)
 
 
 def _pair_loss(batch: int, count: int, channels: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -366,15 +382,15 @@ def _run_counts(recorder: Recorder) -> None:
     functional._check_label_range = lambda *_: None  # only those of CPU tensors are checked
     for name, prepare in CALLS.items():
         call = prepare()
-        call()  # plans are made in the first call
-        recorder.call = name
+        call()  # what is made once is made here
+        recorder.call = Call("counts", name)
         recorder.launches.clear()
         with CountATen() as aten:
             call()
         recorder.counts[name] = Count(dict(recorder.launches), dict(aten.calls))
 
 
-_RUNS = {"tests": _run_tests, "benchmarks": _run_benchmarks, "tables": _run_tables, "counts": _run_counts}
+_RUNS = {"tables": _run_tables, "tests": _run_tests, "benchmarks": _run_benchmarks, "counts": _run_counts}
 
 
 def main(capability: int, out: Path, sources: list[str]) -> None:

@@ -1,7 +1,7 @@
 """What the package launches on a GPU, compiled for cards that need not be there, and counted.
 
-`make test` compiles every call for sm_90, and the launch tables for the other cards; `make aot` compiles
-every call for all cards.
+`make test` compiles the launch tables for all cards and the calls for sm_90; of kernels that are the same in
+fp16 and bf16 but for that, only those in bf16. `make aot` compiles everything for all cards.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 
 import ahead_of_time
 import pytest
-from dry_jit import CALLS, PROCESSORS, Count, Recording, Variant
+from dry_jit import CALLS, PROCESSORS, SOURCES, Count, Recording, Variant
 
 pytest.importorskip("triton")
 
-EVERY_CALL = ("tests", "benchmarks", "tables", "counts")
+EVERYTHING = os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
 KERNELS = (
     *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
     *("pdcr_fwd_panel_kernel", "pdcr_pairs_kernel"),
@@ -24,11 +24,11 @@ KERNELS = (
     *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
 )
 FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel")
-READ = (*FUSED, "pdcr_fwd_panel_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
+READ = (*FUSED, "pdcr_fwd_panel_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
-# stored and loaded once, and allowing it 128 registers removes the stack.
-STACKS = {"box_ratio_kernel": 40, "gather_bwd_kernel": 8}
+# stored and loaded once, and allowing it 128 registers removes the stack. None of them has a loop over pairs.
+STACKS = {"box_ratio_kernel": 40, "gather_bwd_kernel": 8, "pdcr_rows_kernel": 8, "pdcr_loss_kernel": 8}
 # Asynchronous copies to shared memory, 16 bytes each.
 COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 
@@ -41,24 +41,30 @@ LAUNCHES = {
 }
 
 
-def sources(capability: int) -> tuple[str, ...]:
-    everything = capability == 90 or os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
-    return EVERY_CALL if everything else ("tables",)
+def all_calls(capability: int) -> bool:
+    """Whether more than the launch tables is compiled for a card."""
+    return EVERYTHING or capability == 90
 
 
 @functools.cache
 def recorded(capability: int) -> Recording:
-    return ahead_of_time.record(capability, sources(capability))
+    return ahead_of_time.record(capability, SOURCES if all_calls(capability) else ("tables",))
 
 
 @functools.cache
 def compiled(capability: int) -> dict[Variant, ahead_of_time.Compiled]:
-    return ahead_of_time.compile_all(capability, recorded(capability).variants, READ)
+    calls = recorded(capability).variants
+
+    def is_chosen(variant: Variant) -> bool:
+        other = variant.in_bf16()
+        return EVERYTHING or calls[variant].source == "tables" or other == variant or other not in calls
+
+    return ahead_of_time.compile_all(capability, filter(is_chosen, calls), READ)
 
 
 def variants(capability: int, kernel: str) -> dict[Variant, ahead_of_time.Compiled]:
     found = {each: result for each, result in compiled(capability).items() if each.kernel == kernel}
-    if not found and sources(capability) == ("tables",):
+    if not found and not all_calls(capability):
         pytest.skip("not in the launch tables")
     return found
 
@@ -66,7 +72,7 @@ def variants(capability: int, kernel: str) -> dict[Variant, ahead_of_time.Compil
 def assert_none(failed: list[tuple[Variant, str]], capability: int) -> None:
     """Tell of every variant that failed, and of the call that launches it."""
     calls = recorded(capability).variants
-    lines = [f"{why}: {variant.describe()}\n    launched by {calls[variant]}" for variant, why in failed]
+    lines = [f"{why}: {variant.describe()}\n    launched by {calls[variant].name}" for variant, why in failed]
     assert not failed, "\n".join(lines)
 
 

@@ -134,6 +134,14 @@ class TestImplementations:
         expected = call.OPERATION.oracle(size, inputs)
         assert timing.normwise_error(results, expected) <= call.OPERATION.tolerance(size)
 
+    @pytest.mark.parametrize("count", [1, 100, 128, 2048])
+    def test_masks_give_ratios_of_any_number_of_vectors(self, count: int) -> None:
+        """Also where no grid has that many points."""
+        _, ratios = pdcr.OPERATION.make_inputs(pdcr.Size(count, 4, "mask", 5, batch=2), "cpu")
+        assert ratios.shape == (2, count, 5)
+        total = ratios.sum(-1)  # below 1 where a box hangs over the rim
+        assert ((total > 0) & (total < 1 + 1e-6)).all()
+
     @pytest.mark.parametrize("name", [OURS, "one-hot + cumsum", "lean cumsum", "released"])
     @pytest.mark.parametrize("change", [{}, {"extent": 0, "classes": 5}])
     def test_ratio_peers_agree_on_random_places_and_in_3d(self, name: str, change: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ from contrastseg_fast.kernels.pdcr_kernels import (
 
 LOG2_E = math.log2(math.e)
 _PAD = 128  # rows are padded to a multiple of every BLOCK_I and BLOCK_J
-_WIDEST_FUSED = 256  # channels
+_NARROWEST_FUSED, _WIDEST_FUSED = 32, 256  # channels; of fewer, no thread would copy 16 bytes of a tile
 _UNROLLED_CLASSES = 8
 _LARGEST_EXPONENT = 85.0  # of e; sums of that many powers stay finite in fp32
 _PANEL_BYTES = (16 << 20, 64 << 20)  # least and most, for the similarities of one panel
@@ -180,7 +180,9 @@ def _prepare(
 ) -> _Prepared:
     batch, num_vectors, channels = vectors.shape
     padded = _PAD * triton.cdiv(num_vectors, _PAD)
-    width = max(16, triton.next_power_of_2(channels)) if fused(vectors) else 8 * triton.cdiv(channels, 8)
+    width = 8 * triton.cdiv(channels, 8)
+    if fused(vectors):
+        width = max(_NARROWEST_FUSED, triton.next_power_of_2(channels))
     num_classes = ratios.shape[-1]
     new = vectors.new_empty
     if valid is None:
