@@ -1,4 +1,4 @@
-"""Copy the headers of torch that our sources include into tests/torch_2_11_headers.
+"""Copy the headers of torch that our sources include into tests/third_party/torch_2_11_headers.
 
     make test-torch VERSION=2.11.0
     .venv-torch-2.11.0/bin/python scripts/copy_torch_headers.py
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "tests" / "torch_2_11_headers"
+TARGET = ROOT / "tests" / "third_party" / "torch_2_11_headers"
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch/[^>"]+)[>"]', re.MULTILINE)
 OTHER_LICENSES = "The PyTorch repository and source distributions bundle"
 

@@ -37,12 +37,35 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SOURCES = ("tables", "tests", "benchmarks", "counts")
 _ROOT = Path(__file__).resolve().parent.parent
-_OPERATORS = {  # the functions that serve CUDA tensors, by file of ops/ and operator
+_ON_CUDA = {  # the functions that serve CUDA tensors, by file of ops/ and operator
     "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
     "foreground_ratio": {"foreground_ratio": "_foreground_ratio_cuda"},
     "gather": {"gather_vectors": "_gather_cuda", "gather_vectors_backward": "_backward_cuda"},
     "entropy_gate": {"entropy_gate_forward": "_forward_triton", "entropy_gate_backward": "_backward_triton"},
 }
+
+
+def serve_cpu_tensors() -> None:
+    """Let CPU tensors take the way of CUDA tensors to the Triton kernels, for the rest of this process."""
+    from contrastseg_fast import _backend
+
+    _backend.unavailable = lambda _backend, _device: None
+    _LIBRARIES.append(library := torch.library.Library("contrastseg_fast", "IMPL"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for operator, function in _on_cuda():
+            library.impl(operator, function, "CPU", allow_override=True)
+
+
+def _on_cuda() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The operators, and the functions that serve CUDA tensors."""
+    for module, operators in _ON_CUDA.items():
+        op = importlib.import_module(f"contrastseg_fast.ops.{module}")
+        for operator, function in operators.items():
+            yield operator, getattr(op, function)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # registrations end with their library
 
 
 class Variant(NamedTuple):
@@ -147,7 +170,8 @@ class Recorder:
 
         jit.JITFunction.run = run_dry
         jit.JITFunction._do_compile = keep
-        self._serve_cpu_tensors()
+        serve_cpu_tensors()
+        self._skip_what_needs_a_card()
 
     def _launch(self, kernel: str, grid: Any) -> None:
         self.launches[kernel] += 1
@@ -155,26 +179,15 @@ class Recorder:
             if not 0 < size <= largest:
                 self.refused.append(f"{self.call.name}: {kernel} with grid {grid}")
 
-    def _serve_cpu_tensors(self) -> None:
-        from contrastseg_fast import _backend, functional
+    def _skip_what_needs_a_card(self) -> None:
+        from contrastseg_fast import functional
         from contrastseg_fast.kernels import _common, pdcr
 
-        _backend.unavailable = lambda _backend, _device: None
-        _LIBRARIES.append(library := torch.library.Library("contrastseg_fast", "IMPL"))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for module, operators in _OPERATORS.items():
-                op = importlib.import_module(f"contrastseg_fast.ops.{module}")
-                for operator, function in operators.items():
-                    library.impl(operator, getattr(op, function), "CPU", allow_override=True)
         _common.capability = lambda _tensor: self.capability
         _common.processors = pdcr.processors = lambda _tensor: PROCESSORS[self.capability]
         pdcr._product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
         pdcr._add_product = lambda total, a, b: None
         functional._check_ratio_range = lambda *_: None  # only those of CPU tensors are checked
-
-
-_LIBRARIES: list[torch.library.Library] = []  # registrations end with their library
 
 
 def _driver(capability: int) -> Any:
@@ -208,12 +221,8 @@ class CountATen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: collections.Counter[str] = collections.Counter()
-        self._functions = {}
-        for module, operators in _OPERATORS.items():
-            op = importlib.import_module(f"contrastseg_fast.ops.{module}")
-            for operator, function in operators.items():
-                overload = getattr(torch.ops.contrastseg_fast, operator).default
-                self._functions[overload] = getattr(op, function)
+        ours = torch.ops.contrastseg_fast
+        self._functions = {getattr(ours, operator).default: function for operator, function in _on_cuda()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._functions:

@@ -13,7 +13,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[1]
-HEADERS = ROOT / "tests" / "torch_2_11_headers"  # alone: the installed torch's are not looked for
+HEADERS = ROOT / "tests" / "third_party" / "torch_2_11_headers"  # the installed torch's are not looked for
 INCLUDES = [str(ROOT / "csrc"), str(HEADERS)]
 STANDARD = "-std=c++17"  # that of torch 2.11's build helper
 COMPILER = os.environ.get("CXX", "c++").split()[0]

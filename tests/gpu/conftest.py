@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from dry_jit import serve_cpu_tensors
 
 from contrastseg_fast import _backend
-
-_LIBRARY = torch.library.Library("contrastseg_fast", "IMPL")
-_ON_CUDA = {  # the functions that call Triton kernels, by file of ops/ and operator
-    "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
-    "foreground_ratio": {"foreground_ratio": "_foreground_ratio_cuda"},
-    "gather": {"gather_vectors": "_gather_cuda", "gather_vectors_backward": "_backward_cuda"},
-    "entropy_gate": {"entropy_gate_forward": "_forward_triton", "entropy_gate_backward": "_backward_triton"},
-}
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition for equal bits
 
@@ -111,11 +103,7 @@ def fit(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 def interpret_kernels() -> None:
     """Run what runs on CUDA on the CPU instead, for the rest of this process, kernels interpreted."""
     os.environ["TRITON_INTERPRET"] = "1"
-    _backend.unavailable = lambda _backend, _device: None
-    for module, operators in _ON_CUDA.items():
-        op = importlib.import_module(f"contrastseg_fast.ops.{module}")
-        for operator, function in operators.items():
-            _LIBRARY.impl(operator, getattr(op, function), "CPU", allow_override=True)
+    serve_cpu_tensors()
 
 
 def _explicit(backend: str, device: torch.device) -> str:

@@ -147,7 +147,7 @@ def test_graph_capture_and_replay(cuda, deterministic, memory_format: torch.memo
 
 @pytest.mark.parametrize("count", [1000, 6000])
 def test_graph_of_the_loss_alone(cuda, triton: str, count: int) -> None:
-    """Also where vectors are sorted first, with other ratios in every replay."""
+    """With other ratios in every replay."""
     vectors = random_vectors(cuda, 2, count, 64, dtype=torch.bfloat16).requires_grad_()
     ratios = random_ratios(cuda, 2, count, 3)
 
