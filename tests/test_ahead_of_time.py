@@ -13,7 +13,7 @@ import ahead_of_time
 import pytest
 from dry_jit import CALLS, PROCESSORS, SOURCES, Count, Recording, Variant
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 EVERYTHING = os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
 KERNELS = (
@@ -29,6 +29,12 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
 # stored and loaded once, and allowing it 128 registers removes the stack. None of them has a loop over pairs.
 STACKS = {"box_ratio_kernel": 40, "gather_bwd_kernel": 8, "pdcr_rows_kernel": 8, "pdcr_loss_kernel": 8}
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    # Triton 3.6 allocates registers less well: panels of five classes, fp32 alone.
+    STACKS |= {"pdcr_fwd_panel_kernel": 16, "pdcr_pairs_kernel": 8}
+    STACKS_OF_CARDS = {(100, "pdcr_fwd_kernel"): 120}  # and tiles of 128 x 128 there
+else:
+    STACKS_OF_CARDS = {}
 # Asynchronous copies to shared memory, 16 bytes each.
 COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 
@@ -90,7 +96,7 @@ def test_every_launch_compiles_and_fits_the_card(capability: int, kernel: str) -
             failed.append((variant, f"{result.shared} bytes of shared memory"))
         elif result.tensor_memory > ahead_of_time.TENSOR_MEMORY_COLUMNS:
             failed.append((variant, f"{result.tensor_memory} columns of tensor memory"))
-        elif result.local or result.stack > STACKS.get(kernel, 0):
+        elif result.local or result.stack > STACKS_OF_CARDS.get((capability, kernel), STACKS.get(kernel, 0)):
             failed.append((variant, f"a stack of {result.stack} bytes, {result.registers} registers"))
     assert_none(failed, capability)
 
