@@ -30,9 +30,9 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # stored and loaded once, and allowing it 128 registers removes the stack. None of them has a loop over pairs.
 STACKS = {"box_ratio_kernel": 40, "gather_bwd_kernel": 8, "pdcr_rows_kernel": 8, "pdcr_loss_kernel": 8}
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    # Triton 3.6 allocates registers less well: panels of five classes, fp32 alone.
+    # Triton 3.6 spills where 3.9 does not: a few panels of fp32, and tiles of 128 x 128 on sm_100.
     STACKS |= {"pdcr_fwd_panel_kernel": 16, "pdcr_pairs_kernel": 8}
-    STACKS_OF_CARDS = {(100, "pdcr_fwd_kernel"): 120}  # and tiles of 128 x 128 there
+    STACKS_OF_CARDS = {(100, "pdcr_fwd_kernel"): 120}
 else:
     STACKS_OF_CARDS = {}
 # Asynchronous copies to shared memory, 16 bytes each.
