@@ -74,6 +74,7 @@ test-integrations: $(OTHER_READY)
 # Every launch of the tests and benchmarks compiled for all cards, by the oldest Triton and the newest.
 aot: aot-3.6.0 aot-newest
 
+.PRECIOUS: .venv-triton-%/.torch
 .venv-triton-%/.torch:
 	$(call make-environment,.venv-triton-$*,"torch==2.13.0" numpy pytest \
 		$(if $(filter newest,$*),triton,"triton==$*"))
