@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +22,18 @@ def fail(name: str, expected: str, got: object) -> NoReturn:
 def fail_type(name: str, expected: str, got: object) -> NoReturn:
     """Raise the TypeError of a value of the wrong type or dtype."""
     raise TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def warn(message: str) -> None:
+    """Warn of arguments that are allowed and have no effect, or a bad one; silent while compiling."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"contrastseg_fast: {message}", UserWarning, stacklevel=3)
+
+
+@functools.cache
+def warn_once(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn the first time only."""
+    warnings.warn(f"contrastseg_fast: {message}", category, stacklevel=3)
 
 
 def one_of(name: str, value: Any, options: Sequence[str]) -> None:
