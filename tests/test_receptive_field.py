@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contrastseg_fast import receptive_field
-from contrastseg_fast.receptive_field import ReceptiveField, receptive_fields, stack_receptive_field
+from contrastseg_fast.receptive_field import ReceptiveField, field, receptive_fields, stack_receptive_field
 
 Box = tuple[int, int]
 
@@ -762,4 +761,4 @@ def test_stacks_that_do_not_fit(arguments: Any, message: str) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(receptive_field).failed == 0
+    assert doctest.testmod(field).failed == 0

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from contrastseg_fast import _field_rules as rules
-from contrastseg_fast._field_algebra import Field, Unbounded
+from contrastseg_fast.receptive_field import rules
+from contrastseg_fast.receptive_field.algebra import Field, Unbounded
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrastseg_fast._field_algebra import Field, concatenate
+from contrastseg_fast.receptive_field.algebra import Field, concatenate
 
 Move = Callable[[Field], Field]
 Lookup = Callable[[Tensor], Field]

@@ -25,8 +25,8 @@ from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_leaves
 
 from contrastseg_fast import _checks
-from contrastseg_fast._field_algebra import Boxes, Field, Unbounded
-from contrastseg_fast._field_tracker import CircularPaddingAsZeros, FieldTracker
+from contrastseg_fast.receptive_field.algebra import Boxes, Field, Unbounded
+from contrastseg_fast.receptive_field.tracker import CircularPaddingAsZeros, FieldTracker
 
 
 class BoxGrid(NamedTuple):
