@@ -496,8 +496,10 @@ def _normalisation(name: str, get: Lookup, result: Tensor, *, input: Tensor, **a
 
 
 @_rule("contrastseg_fast.entropy_gate_forward")
-def _entropy_gate(name: str, get: Lookup, result: Tensor, *, features: Tensor, logits: Tensor) -> Field:
-    """Takes a softmax over channels; elementwise in space."""
+def _entropy_gate(
+    name: str, get: Lookup, result: Tensor, *, features: Tensor, logits: Tensor, **_: Any
+) -> Field:
+    """The gate mixes channels and is elementwise in space."""
     shape = (result.shape[0], 1, *result.shape[2:])
     parts = [get(part).reduce([1], keepdim=True) for part in (features, logits)]
     return elementwise(parts, shape, len(parts[0].seen)).expand(result.shape)
