@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contrastseg_fast.receptive_field import ReceptiveField, field, receptive_fields, stack_receptive_field
+from contrastseg_fast.receptive_field import (
+    ReceptiveField,
+    field,
+    receptive_fields,
+    stack_receptive_field,
+    trace,
+)
 
-Box = tuple[int, int]
+Interval = tuple[int, int]  # pixels [low, high)
 
 
 def linear(model: nn.Module) -> nn.Module:
@@ -44,7 +51,7 @@ def linear(model: nn.Module) -> nn.Module:
 
 def probe(
     model: nn.Module, input_shape: tuple[int, ...], layer: str, axis: int, at_most: int
-) -> dict[int, Box]:
+) -> dict[int, Interval]:
     """The pixels along an axis that features see, by index; in the middle of the other axes."""
     model = linear(model)
     outputs: list[Tensor] = []
@@ -69,24 +76,24 @@ def probe(
     return seen
 
 
-def smallest_size(boxes: dict[int, Box], stride: Fraction) -> int:
-    """The least size of boxes from `floor(start + i * stride)` that hold these, by trying all starts."""
+def smallest_size(intervals: dict[int, Interval], stride: Fraction) -> int:
+    """The least size of intervals from `floor(start + i * stride)` that hold these, by trying all starts."""
     unit = Fraction(1, stride.denominator)
-    first = min(math.floor(low - i * stride) for i, (low, _) in boxes.items()) - 1
+    first = min(math.floor(low - i * stride) for i, (low, _) in intervals.items()) - 1
     sizes = []
     for k in range(4 * stride.denominator):
         start = first + k * unit
-        if all(math.floor(start + i * stride) <= low for i, (low, _) in boxes.items()):
-            sizes.append(max(high - math.floor(start + i * stride) for i, (_, high) in boxes.items()))
+        if all(math.floor(start + i * stride) <= low for i, (low, _) in intervals.items()):
+            sizes.append(max(high - math.floor(start + i * stride) for i, (_, high) in intervals.items()))
     return min(sizes)
 
 
-def boxes_inside(
+def fields_inside(
     model: nn.Module, input_shape: tuple[int, ...], layer: str, margin: int = 0, at_most: int = 99
-) -> Iterator[tuple[Fraction, int, dict[int, Box], dict[int, Box]]]:
-    """For each axis: our stride and size, and our and the true boxes of the features inside the image.
+) -> Iterator[tuple[Fraction, int, dict[int, Interval], dict[int, Interval]]]:
+    """For each axis: our stride and size, and our and the true intervals of the features inside the image.
 
-    Checks on the way that our boxes, cut at the rim of the image, hold the true ones of all features.
+    Checks that our intervals, cut at the rim of the image, hold the true ones of all features.
     """
     field = receptive_fields(model, input_shape, layer)[layer]
     assert not field.is_infinite
@@ -102,13 +109,13 @@ def boxes_inside(
 
 
 def check_exact(model: nn.Module, input_shape: tuple[int, ...], layer: str, **options: int) -> None:
-    for _, _, ours, true in boxes_inside(model, input_shape, layer, **options):
+    for _, _, ours, true in fields_inside(model, input_shape, layer, **options):
         assert len(true) >= 2
         assert ours == true
 
 
 def check_smallest(model: nn.Module, input_shape: tuple[int, ...], layer: str, **options: int) -> None:
-    for stride, size, _, true in boxes_inside(model, input_shape, layer, **options):
+    for stride, size, _, true in fields_inside(model, input_shape, layer, **options):
         assert len(true) >= 2
         assert smallest_size(true, stride) == size
 
@@ -171,12 +178,12 @@ UPSAMPLED = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_boxes_of_every_layer_are_exact(name: str) -> None:
+def test_fields_of_every_layer_are_exact(name: str) -> None:
     for layer in range(len(PLAIN[name])):
         check_exact(PLAIN[name], (1, 1, 40, 36), str(layer))
 
 
-def test_boxes_of_volumes_are_exact() -> None:
+def test_fields_of_volumes_are_exact() -> None:
     model = nn.Sequential(
         nn.Conv3d(1, 2, (1, 3, 3), padding=(0, 1, 1)),
         nn.Conv3d(2, 2, (3, 3, 2), stride=(1, 2, 2)),
@@ -187,11 +194,11 @@ def test_boxes_of_volumes_are_exact() -> None:
 
 
 @pytest.mark.parametrize("name", UPSAMPLED)
-def test_boxes_behind_upsampling_are_the_smallest(name: str) -> None:
+def test_fields_behind_upsampling_are_the_smallest(name: str) -> None:
     check_smallest(UPSAMPLED[name], (1, 1, 32, 36), str(len(UPSAMPLED[name]) - 1))
 
 
-def test_boxes_behind_trilinear_upsampling_are_the_smallest() -> None:
+def test_fields_behind_trilinear_upsampling_are_the_smallest() -> None:
     up = nn.Upsample(scale_factor=2, mode="trilinear")
     check_smallest(nn.Sequential(nn.Conv3d(1, 1, 3, 2, 1), up, nn.Conv3d(1, 1, 3)), (1, 1, 14, 15, 16), "2")
 
@@ -307,12 +314,12 @@ SMALLEST: dict[str, Callable[[Between, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_operators_that_keep_boxes_equal(name: str) -> None:
+def test_operators_that_keep_fields_equal(name: str) -> None:
     check_exact(Between(EXACT[name]), (1, 1, 32, 32), "out", margin=2)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_operators_that_make_boxes_differ(name: str) -> None:
+def test_operators_that_make_fields_differ(name: str) -> None:
     check_smallest(Between(SMALLEST[name]), (1, 1, 32, 32), "out")
 
 
@@ -359,8 +366,8 @@ class RandomNetwork(nn.Module):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_networks(seed: int) -> None:
-    for stride, size, _, true in boxes_inside(RandomNetwork(seed), (1, 1, 96), "", margin=8):
-        if len(true) > 2 * stride.denominator:  # all sizes of boxes that occur are among them
+    for stride, size, _, true in fields_inside(RandomNetwork(seed), (1, 1, 96), "", margin=8):
+        if len(true) > 2 * stride.denominator:  # all sizes that occur are among them
             assert smallest_size(true, stride) == size
 
 
@@ -691,11 +698,25 @@ def test_starts_are_exact() -> None:
     assert field.starts(indices).tolist() == expected
     assert field.starts(indices).dtype == torch.int64
     assert field.starts(indices[:0]).shape == (0, 4)
+    for axis, grid in enumerate(field.grids):
+        column = indices[:, axis].long()
+        assert [grid.first_pixel(index) for index in column.tolist()] == field.starts(indices)[
+            :, axis
+        ].tolist()
+        assert np.array_equal(grid.first_pixel(column.numpy()), field.starts(indices)[:, axis].numpy())
+
+
+def test_starts_compile_into_one_graph() -> None:
+    field = ReceptiveField((5, 4), (Fraction(2, 3), 4), (Fraction(-7, 2), -5))
+    compiled = torch.compile(field.starts, backend="eager", fullgraph=True, dynamic=True)
+    for count in (3, 5):
+        indices = torch.randint(0, 100, (count, 2))
+        assert torch.equal(compiled(indices), field.starts(indices))
 
 
 @pytest.mark.parametrize("size", [4, 5])
 @pytest.mark.parametrize("patch", [1, 2, 3, 8, 9])
-def test_centred_boxes_share_the_centre_pixel(size: int, patch: int) -> None:
+def test_centred_patches_share_the_centre_pixel(size: int, patch: int) -> None:
     field = ReceptiveField((size, size + 1), (Fraction(3, 2), 2), (-2, Fraction(-5, 2)))
     indices = torch.arange(10).view(5, 2)
     small = field.centred(patch)
@@ -760,5 +781,8 @@ def test_stacks_that_do_not_fit(arguments: Any, message: str) -> None:
         stack_receptive_field(*arguments)
 
 
-def test_examples() -> None:
-    assert doctest.testmod(field).failed == 0
+@pytest.mark.parametrize("module", [field, trace])
+def test_examples(module: ModuleType) -> None:
+    examples = doctest.testmod(module)
+    assert examples.attempted > 0
+    assert examples.failed == 0

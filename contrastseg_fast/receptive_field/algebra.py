@@ -1,4 +1,8 @@
-"""How receptive fields move when tensors are sliced, reshaped, joined and reduced: integers, no tensors."""
+"""What slicing, reshaping, joining and reducing a tensor does to its receptive field.
+
+`Intervals` says what is seen along one axis of the image, `Field` what a whole tensor sees. Both are made of
+integers; no tensor is touched.
+"""
 
 from __future__ import annotations
 
@@ -16,42 +20,46 @@ Interval = tuple[int, int]  # pixels [low, high)
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """One box of pixels along one image axis for every integer index; None for a feature that sees no pixel.
+class Intervals:
+    """One interval of pixels along one image axis for every integer index.
 
-    Box `i + len(pattern)` is box `i` moved by `shift` pixels. A pattern longer than one occurs behind
-    up-sampling, where neighbouring features see boxes of different sizes.
+    An index that sees no pixel has None. Interval `i + len(pattern)` is interval `i` moved by `shift` pixels.
+    Patterns longer than 1 occur behind up-sampling, where neighbouring features see intervals of different
+    sizes.
     """
 
     pattern: tuple[Interval | None, ...]
     shift: int
 
     @classmethod
-    def pixels(cls) -> Boxes:
+    def pixels(cls) -> Intervals:
         """Every index sees the pixel of that number."""
         return cls(((0, 1),), 1)
 
     @property
     def stride(self) -> Fraction:
-        """Pixels from one box to the next, on average."""
+        """Pixels from one interval to the next, on average."""
         return Fraction(self.shift, len(self.pattern))
 
     def __getitem__(self, index: int) -> Interval | None:
         turn, phase = divmod(index, len(self.pattern))
         return _moved(self.pattern[phase], turn * self.shift)
 
-    def pull(self, taps: Callable[[int], Iterable[int]], period: int = 1, shift: int = 1) -> Boxes:
-        """The hulls of the boxes `taps(j)`, for every j; `taps(j + period)` must be `taps(j) + shift`."""
+    def hulls(self, taps: Callable[[int], Iterable[int]], period: int = 1, shift: int = 1) -> Intervals:
+        """For every j the hull of the intervals `taps(j)`; `taps(j + period)` must be `taps(j) + shift`."""
         repeats = len(self.pattern) // math.gcd(len(self.pattern), shift)
         pattern = tuple(_hull(self[index] for index in taps(j)) for j in range(period * repeats))
         return _shortest(pattern, self.shift * shift * repeats // len(self.pattern))
 
-    def every(self, step: int) -> Boxes:
-        """Boxes whose j-th is this one's box `j * step`."""
-        return self if step == 1 else self.pull(lambda j: (j * step,), 1, step)
+    def every(self, step: int) -> Intervals:
+        """The intervals whose j-th is interval `j * step` of these."""
+        return self if step == 1 else self.hulls(lambda j: (j * step,), 1, step)
 
-    def union(self, other: Boxes, count: int) -> Boxes:
-        """The hulls of both's boxes; if their strides differ, those of the indices [0, count) continued."""
+    def union(self, other: Intervals, count: int) -> Intervals:
+        """For every index the hull of both intervals.
+
+        If the strides differ, the hulls of the indices [0, count) are kept and continued on both sides.
+        """
         if not any(other.pattern):
             return self
         if not any(self.pattern):
@@ -68,53 +76,55 @@ class Boxes:
         before = [_moved(hulls[0], math.floor((length - k) * stride)) for k in range(beyond // 2, 0, -1)]
         return _shortest((*hulls, *after, *before), int(stride * length))
 
-    def cover(self, stride: Fraction, count: int) -> Boxes:
-        """The smallest boxes of equal size, `stride` apart, that hold those of the indices [0, count)."""
-        size, start = _grid(((i, self[i]) for i in range(count)), stride)
+    def cover(self, stride: Fraction, count: int) -> Intervals:
+        """The smallest equal intervals, `stride` apart, that contain those of the indices [0, count)."""
+        size, start = _smallest_grid(((i, self[i]) for i in range(count)), stride)
         lows = [math.floor(start + i * stride) for i in range(stride.denominator)]
         return _shortest(tuple((low, low + size) for low in lows), stride.numerator)
 
-    def short(self, count: int) -> Boxes:
-        """These boxes, or a cover of those of the indices [0, count) if their pattern has grown too long."""
+    def shortened(self, count: int) -> Intervals:
+        """These intervals, or a cover of those of the indices [0, count) if their pattern is too long."""
         if len(self.pattern) <= _LONGEST_PATTERN:
             return self
         return self.cover(self.stride.limit_denominator(_LONGEST_PATTERN), count)
 
     def grid(self, count: int) -> tuple[int, Fraction, Fraction]:
-        """Size, stride and start of the smallest equal boxes that hold those of the indices [0, count).
+        """Size, stride and start of the smallest equal intervals that contain those of [0, count).
 
-        Their stride is these boxes' stride, or a simple fraction near it that needs no larger size.
+        Their stride is the stride of these, or a simple fraction near it that needs no larger size.
         """
-        boxes = [(i, self[i]) for i in range(count)]
+        intervals = [(i, self[i]) for i in range(count)]
         strides = {self.stride, self.stride.limit_denominator(_SIMPLE_DENOMINATOR) or self.stride}
-        fits = [(*_grid(boxes, stride), stride) for stride in strides]
+        fits = [(*_smallest_grid(intervals, stride), stride) for stride in strides]
         size, start, stride = min(fits, key=lambda fit: (fit[0], fit[2].denominator))
         return size, stride, start
 
 
-def _hull(boxes: Iterable[Interval | None]) -> Interval | None:
-    seen = [box for box in boxes if box is not None]
+def _hull(intervals: Iterable[Interval | None]) -> Interval | None:
+    seen = [interval for interval in intervals if interval is not None]
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
 
 
-def _moved(box: Interval | None, pixels: int) -> Interval | None:
-    return box and (box[0] + pixels, box[1] + pixels)
+def _moved(interval: Interval | None, pixels: int) -> Interval | None:
+    return interval and (interval[0] + pixels, interval[1] + pixels)
 
 
-def _shortest(pattern: tuple[Interval | None, ...], shift: int) -> Boxes:
-    """Boxes of the shortest pattern that repeats to the given one."""
+def _shortest(pattern: tuple[Interval | None, ...], shift: int) -> Intervals:
+    """The intervals of a pattern, with the shortest pattern that repeats to it."""
     total = len(pattern)
     for length in range(1, total // 2 + 1):
         if total % length == 0 and shift * length % total == 0:
-            boxes = Boxes(pattern[:length], shift * length // total)
-            if all(boxes[i] == pattern[i] for i in range(length, total)):
-                return boxes
-    return Boxes(pattern, shift)
+            intervals = Intervals(pattern[:length], shift * length // total)
+            if all(intervals[i] == pattern[i] for i in range(length, total)):
+                return intervals
+    return Intervals(pattern, shift)
 
 
-def _grid(boxes: Iterable[tuple[int, Interval | None]], stride: Fraction) -> tuple[int, Fraction]:
-    """The least size of boxes that start at `floor(start + i * stride)`, and a start that allows it."""
-    seen = [(i, box) for i, box in boxes if box is not None]
+def _smallest_grid(
+    intervals: Iterable[tuple[int, Interval | None]], stride: Fraction
+) -> tuple[int, Fraction]:
+    """The least size of intervals that start at `floor(start + i * stride)`, and a start that allows it."""
+    seen = [(i, interval) for i, interval in intervals if interval is not None]
     if not seen:
         return 0, Fraction(0)
     unit = Fraction(1, stride.denominator)
@@ -125,7 +135,7 @@ def _grid(boxes: Iterable[tuple[int, Interval | None]], stride: Fraction) -> tup
 
 
 class Factor(NamedTuple):
-    """A factor of a dimension's extent: moving by one along it moves by `step` along the boxes of `axis`."""
+    """A factor of a dimension's extent; one step along it is `step` intervals along image axis `axis`."""
 
     extent: int
     axis: int | None = None
@@ -133,22 +143,23 @@ class Factor(NamedTuple):
 
 
 class Unbounded(NamedTuple):
-    """What a tensor sees of an axis: all of it, or nobody knows how much."""
+    """A tensor sees a whole axis, or it cannot be known how much of it."""
 
     reason: str = ""
 
 
-Seen = Boxes | Unbounded | None
-Dim = tuple[Factor, ...]  # outermost factor first; () is one
+Seen = Intervals | Unbounded | None
+Dim = tuple[Factor, ...]  # outermost factor first; () is an extent of 1
 
 
 @dataclass(frozen=True)
 class Field:
     """What the elements of a tensor see of an image.
 
-    Along each axis of the image an element sees one box of `seen[axis]`: number `sum_k index_k step_k`, over
-    the factors of the tensor's dimensions that belong to the axis. Elements that differ in other factors,
-    such as channels, see the same. `seen[axis]` is None if the tensor sees nothing of the image.
+    Along each axis of the image an element sees one interval of `seen[axis]`. Its number is
+    `sum_k index_k step_k`, over the factors of the tensor's dimensions that belong to the axis. Elements that
+    differ only in other factors, such as channels, see the same. `seen[axis]` is None if the tensor sees
+    nothing of the image.
     """
 
     dims: tuple[Dim, ...]
@@ -160,7 +171,7 @@ class Field:
         axes = len(shape) - 2
         dims = [(Factor(extent),) for extent in shape[:2]]
         dims += [(Factor(extent, axis, 1),) for axis, extent in enumerate(shape[2:])]
-        return _field(dims, (Boxes.pixels(),) * axes)
+        return _field(dims, (Intervals.pixels(),) * axes)
 
     @classmethod
     def constant(cls, shape: Sequence[int], axes: int) -> Field:
@@ -186,21 +197,21 @@ class Field:
         return {dim for dim in range(len(self.dims)) if axis in self.axes_of(dim)}
 
     def unbounded(self, axes: Iterable[int] | None = None) -> Field:
-        """The field, unbounded along the given axes; None means all axes that it sees."""
+        """The field, unbounded along the given axes; None means all axes of which it sees anything."""
         lost = {a for a, seen in enumerate(self.seen) if seen is not None} if axes is None else set(axes)
-        return self.join([Unbounded() if axis in lost else None for axis in range(len(self.seen))])
+        return self.unbounded_where([Unbounded() if axis in lost else None for axis in range(len(self.seen))])
 
-    def lost(self, shape: Sequence[int]) -> Field:
-        """The field of a tensor of which it is only known that this one went into it."""
-        return Field.constant(shape, len(self.seen)).join(self.unbounded().seen)
+    def unknown(self, shape: Sequence[int]) -> Field:
+        """The field of a tensor that was made of this one in an unknown way."""
+        return Field.constant(shape, len(self.seen)).unbounded_where(self.unbounded().seen)
 
-    def explained(self, reason: str) -> Field:
-        """The field, with a reason where it became unbounded without one."""
+    def with_reason(self, reason: str) -> Field:
+        """The field, with a reason for each axis that is unbounded without one."""
         seen = [Unbounded(reason) if old == Unbounded() else old for old in self.seen]
         return replace(self, seen=tuple(seen))
 
     def with_dim(self, dim: int, extent: int) -> Field:
-        """The field with another extent along a dimension that carries no axis."""
+        """The field with another extent along a dimension that carries no image axis."""
         return _field([*self.dims[:dim], (Factor(extent),), *self.dims[dim + 1 :]], self.seen)
 
     def permute(self, order: Sequence[int]) -> Field:
@@ -212,7 +223,7 @@ class Field:
         return _field([*self.dims[:dim], (Factor(extent),), *self.dims[dim:]], self.seen)
 
     def squeeze(self, dims: Iterable[int]) -> Field:
-        """The field of `tensor.squeeze(dims)`; what lay along a removed dimension goes to its neighbour."""
+        """The field of `tensor.squeeze(dims)`; axes along a removed dimension move to its neighbour."""
         kept: list[Dim] = []
         removed: Dim = ()
         for dim, factors in enumerate(self.dims):
@@ -226,15 +237,15 @@ class Field:
         return _field(kept, self.seen)
 
     def reshape(self, shape: Sequence[int]) -> Field:
-        """The field of `tensor.reshape(shape)`; unbounded where a new dimension cuts across an old factor."""
+        """The field of `tensor.reshape(shape)`; unbounded if a new dimension ends inside a factor."""
         if tuple(shape) == self.shape:
             return self
         dims = _regroup(_merged([f for dim in self.dims for f in dim or (Factor(1),)], keep_ones=True), shape)
         if dims is None:
-            return self.lost(shape)
+            return self.unknown(shape)
         return _field(dims, self.seen)
 
-    def join(self, other: Sequence[Seen]) -> Field:
+    def unbounded_where(self, other: Sequence[Seen]) -> Field:
         """The field, unbounded where `other` is."""
         pairs = zip(self.seen, other, strict=True)
         return _field(
@@ -253,7 +264,10 @@ class Field:
         return field
 
     def slice(self, dim: int, start: int, step: int, count: int) -> Field:
-        """The field of the elements `start + step * j`, j < count; those outside see what would be there."""
+        """The field of the elements `start + step * j`, j < count.
+
+        Elements outside the tensor see what a longer tensor would see there.
+        """
         if (start, step, count) == (0, 1, self.shape[dim]):
             return self
         field = self.plain(dim)
@@ -261,18 +275,18 @@ class Field:
         if not axes:
             return field.with_dim(dim, count)
         (factor,), (axis,) = field.dims[dim], axes
-        field = field._moved(axis, [start * factor.step])
+        field = field._hulls_at(axis, [start * factor.step])
         dims = list(field.dims)
         dims[dim] = (Factor(count, axis, factor.step * step),)
         return _field(dims, field.seen)
 
     def select(self, dim: int, index: int) -> Field:
-        """The field of `tensor.select(dim, index)`; unbounded along an axis that loses its dimension."""
+        """The field of `tensor.select(dim, index)`; unbounded along an axis of that dimension alone."""
         field = self.slice(dim, index, 1, 1)
         return _field([*field.dims[:dim], *field.dims[dim + 1 :]], field.seen)
 
     def windows(self, dim: int, size: int, step: int, dilation: int, count: int) -> Field:
-        """The field with `count` windows, `step` apart, along `dim`, and their elements in a new last one."""
+        """The field of `count` windows along `dim`, `step` apart; their elements lie along a new last one."""
         field = self.plain(dim)
         axes = field.axes_of(dim)
         if not axes:
@@ -285,8 +299,8 @@ class Field:
     def strided(self, first: Sequence[int], picks: Sequence[tuple[int | None, int, int]]) -> Field:
         """The field of a view that starts at element `first`.
 
-        Each of its dimensions is picked as `(source, extent, step)`: every step-th element of the source
-        dimension, or the same element throughout where that is None.
+        `picks` has `(source, extent, step)` for each dimension of the view: it takes every step-th element
+        along dimension `source` of the tensor. If `source` is None, it repeats one element.
         """
         field = self
         for dim in range(len(self.dims)):
@@ -294,7 +308,7 @@ class Field:
         for dim, index in enumerate(first):
             for factor in field.dims[dim]:
                 if factor.axis is not None:
-                    field = field._moved(factor.axis, [index * factor.step])
+                    field = field._hulls_at(factor.axis, [index * factor.step])
         dims: list[Dim] = []
         for source, extent, step in picks:
             axis_factors = [] if source is None else [f for f in field.dims[source] if f.axis is not None]
@@ -309,7 +323,8 @@ class Field:
     ) -> Field:
         """The field of a tensor whose j-th element along `dim` is made of the elements `taps(j)`.
 
-        `taps(j + period)` must be `taps(j) + shift`; taps outside the tensor see what would be there.
+        `taps(j + period)` must be `taps(j) + shift`. Taps outside the tensor see what a longer tensor would
+        see there.
         """
         field = self
         for other, axis in itertools.product(range(len(self.dims)), self.axes_of(dim)):
@@ -321,20 +336,23 @@ class Field:
             return field.with_dim(dim, count)
         (axis,) = axes
         seen, dims = list(field.seen), list(field.dims)
-        boxes = field.seen[axis]
-        assert isinstance(boxes, Boxes)
-        seen[axis] = boxes.pull(taps, period, shift).short(count)
+        intervals = field.seen[axis]
+        assert isinstance(intervals, Intervals)
+        seen[axis] = intervals.hulls(taps, period, shift).shortened(count)
         dims[dim] = (Factor(count, axis, 1),)
         return _field(dims, seen)
 
     def mixed(self, dim: int) -> Field:
-        """The field if each element along `dim` saw what all see; unbounded where an axis lies only there."""
+        """The field if each element along `dim` sees what all of them see.
+
+        Unbounded along an axis that lies along no other dimension.
+        """
         field = self
         for axis in self.axes_of(dim):
             own = [f for f in self.dims[dim] if f.axis == axis]
             steps = itertools.product(*(range(0, f.extent * f.step, f.step) for f in own))
             if self.places(axis) != {dim}:
-                field = field._moved(axis, [sum(offset) for offset in steps])
+                field = field._hulls_at(axis, [sum(offset) for offset in steps])
         dims = list(field.dims)
         dims[dim] = (Factor(self.shape[dim]),)
         return _field(dims, field.seen)
@@ -349,7 +367,7 @@ class Field:
         return field
 
     def plain(self, dim: int) -> Field:
-        """The field with at most one factor along `dim`; unbounded where that cannot be."""
+        """The field with at most one factor along `dim`; unbounded along axes where there is none."""
         factors = self.dims[dim]
         axes = self.axes_of(dim)
         if len(factors) <= 1 or not axes:
@@ -368,24 +386,24 @@ class Field:
             return (position,)
 
         seen, dims = list(self.seen), list(self.dims)
-        boxes = self.seen[axis]
-        assert isinstance(boxes, Boxes)
-        seen[axis] = boxes.pull(taps, inner, outer.step).short(self.shape[dim])
+        intervals = self.seen[axis]
+        assert isinstance(intervals, Intervals)
+        seen[axis] = intervals.hulls(taps, inner, outer.step).shortened(self.shape[dim])
         dims[dim] = (Factor(self.shape[dim], axis, 1),)
         return _field(dims, seen)
 
     def union(self, other: Field) -> Field:
-        """The field of an element made of one of this tensor and one of another of the same shape."""
+        """The field of a tensor made elementwise of this one and another of the same shape."""
         if self == other or other.is_constant:
             return self
         if self.is_constant:
             return other
-        a, b = self.join(other.seen), other.join(self.seen)
+        a, b = self.unbounded_where(other.seen), other.unbounded_where(self.seen)
         for dim in range(len(a.dims)):
             if a.axes_of(dim) and b.axes_of(dim) and a.dims[dim] != b.dims[dim]:
                 a, b = a.plain(dim), b.plain(dim)
         for axis, (mine, theirs) in enumerate(zip(a.seen, b.seen, strict=True)):
-            if isinstance(mine, Boxes) and isinstance(theirs, Boxes):
+            if isinstance(mine, Intervals) and isinstance(theirs, Intervals):
                 for dim in range(len(a.dims)):
                     if (axis in a.axes_of(dim)) != (axis in b.axes_of(dim)):
                         a, b = a.mixed(dim), b.mixed(dim)
@@ -393,28 +411,28 @@ class Field:
             if a.axes_of(dim) and b.axes_of(dim) and a.dims[dim] != b.dims[dim]:
                 lost = a.axes_of(dim) | b.axes_of(dim)
                 a, b = a.unbounded(lost), b.unbounded(lost)
-        a, b = a.join(b.seen), b.join(a.seen)
+        a, b = a.unbounded_where(b.seen), b.unbounded_where(a.seen)
         dims = [x if a.axes_of(dim) else y for dim, (x, y) in enumerate(zip(a.dims, b.dims, strict=True))]
         seen: list[Seen] = []
         for axis, (mine, theirs) in enumerate(zip(a.seen, b.seen, strict=True)):
-            if isinstance(mine, Boxes) and isinstance(theirs, Boxes):
+            if isinstance(mine, Intervals) and isinstance(theirs, Intervals):
                 count = 1 + sum((f.extent - 1) * abs(f.step) for dim in dims for f in dim if f.axis == axis)
-                seen.append(mine.union(theirs, count).short(count))
+                seen.append(mine.union(theirs, count).shortened(count))
             else:
                 seen.append(theirs if mine is None else mine)
         return _field(dims, seen)
 
-    def _moved(self, axis: int, offsets: Sequence[int]) -> Field:
-        """The field where box i of an axis is the hull of the boxes `i + offset`."""
+    def _hulls_at(self, axis: int, offsets: Sequence[int]) -> Field:
+        """The field where interval i of an axis is the hull of the intervals `i + offset`."""
         seen = list(self.seen)
-        boxes = self.seen[axis]
-        assert isinstance(boxes, Boxes)
-        seen[axis] = boxes.pull(lambda i: [i + offset for offset in offsets])
+        intervals = self.seen[axis]
+        assert isinstance(intervals, Intervals)
+        seen[axis] = intervals.hulls(lambda i: [i + offset for offset in offsets])
         return replace(self, seen=tuple(seen))
 
 
 def concatenate(fields: Sequence[Field], dim: int) -> Field:
-    """The field of tensors joined along a dimension: every element sees what the parts would see there."""
+    """The field of tensors joined along a dimension: each element sees what any part would see there."""
     total = sum(field.shape[dim] for field in fields)
     first, parts = 0, []
     for field in fields:
@@ -427,14 +445,16 @@ def concatenate(fields: Sequence[Field], dim: int) -> Field:
 
 
 def _field(dims: Iterable[Dim], seen: Sequence[Seen]) -> Field:
-    """A field in normal form: as few factors as possible, step one along an axis with a single factor."""
+    """The field in normal form: as few factors as possible, and step 1 along an axis with one factor."""
     seen = list(seen)
     rows = [
-        _merged(Factor(f.extent) if f.axis is None or not isinstance(seen[f.axis], Boxes) else f for f in dim)
+        _merged(
+            Factor(f.extent) if f.axis is None or not isinstance(seen[f.axis], Intervals) else f for f in dim
+        )
         for dim in dims
     ]
-    for axis, boxes in enumerate(seen):
-        if isinstance(boxes, Boxes):
+    for axis, intervals in enumerate(seen):
+        if isinstance(intervals, Intervals):
             places = [
                 (d, k) for d, row in enumerate(rows) for k, factor in enumerate(row) if factor.axis == axis
             ]
@@ -443,13 +463,13 @@ def _field(dims: Iterable[Dim], seen: Sequence[Seen]) -> Field:
             elif len(places) == 1:
                 ((d, k),) = places
                 step = rows[d][k].step
-                seen[axis] = boxes.every(step)
+                seen[axis] = intervals.every(step)
                 rows[d][k] = rows[d][k]._replace(step=1)
     return Field(tuple(tuple(row) for row in rows), tuple(seen))
 
 
 def _merged(factors: Iterable[Factor], keep_ones: bool = False) -> list[Factor]:
-    """Factors with neighbours joined where they count on from each other."""
+    """The factors, with neighbours merged where together they are one factor."""
     merged: list[Factor] = []
     for factor in factors:
         if factor.extent == 1 and factor.axis is None and not keep_ones:
@@ -468,7 +488,7 @@ def _merged(factors: Iterable[Factor], keep_ones: bool = False) -> list[Factor]:
 
 
 def _regroup(factors: list[Factor], shape: Sequence[int]) -> list[Dim] | None:
-    """Row-major factors dealt out to the dimensions of a new shape, cut where needed; None if impossible."""
+    """Distribute row-major factors over the dimensions of a new shape; None if a factor does not divide."""
     if math.prod(f.extent for f in factors) != math.prod(shape) or 0 in shape:
         return None
     queue = factors[::-1]

@@ -1,8 +1,8 @@
-"""What each operator does to receptive fields; one that is not here makes them unbounded.
+"""What each operator does to receptive fields; an operator without a rule makes them unbounded.
 
-Operators that only move elements give, for each of their results, how its field follows from their
-argument's (`MOVES`); others give the field of their results from those of their arguments (`RULES`). Both are
-looked up by the operator's name and take its arguments by name.
+Rules are looked up by the operator's name and take its arguments by name. For an operator that only moves
+elements of one tensor, the rule in `MOVES` returns a function for each result, from the tensor's field to the
+result's. For every other operator, the rule in `RULES` returns the field of its results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ELEMENTWISE = frozenset([
 
 
 def is_elementwise(func: torch._ops.OpOverload) -> bool:
-    """Whether each element of the results is made of the elements at its place; in-place forms included."""
+    """Whether each element of the results is made of the elements at the same place; also in-place forms."""
     if func.namespace != "aten":
         return torch.Tag.pointwise in func.tags
     name = func.overloadpacket.__name__.removesuffix("_")
@@ -48,7 +48,7 @@ def is_elementwise(func: torch._ops.OpOverload) -> bool:
 
 
 def makes_constant(name: str) -> bool:
-    """Whether an operator takes only the shape of its argument; other libraries' names have a dot."""
+    """Whether an operator of torch uses only its argument's shape; names of other libraries have a dot."""
     return "." not in name and (name.endswith("_like") or name.startswith("new_"))
 
 
@@ -63,7 +63,7 @@ def elementwise(fields: Iterable[Field], shape: Sequence[int], axes: int) -> Fie
 def write_back(
     name: str, source: Tensor, results: Sequence[Tensor], args: dict[str, Any]
 ) -> list[Move | None]:
-    """For views of `source`: how what is written to each of them changes the field of `source`, if known."""
+    """For each result, a view of `source`: how writing to it changes the field of `source`, if known."""
     if name not in ("slice", "select", "split", "split_with_sizes", "unbind"):
         return [None] * len(results)
     dim = args["dim"] % source.ndim
@@ -238,7 +238,7 @@ def _as_strided(
             last[divides[0]] += (extent - 1) * picks[-1][2]
     inside = all(a >= 0 and b < n for a, b, n in zip(first, last, source.shape, strict=True))
     if offset or not inside or len(picks) < len(size):
-        return [lambda field: field.lost(size)]
+        return [lambda field: field.unknown(size)]
     return [lambda field: field.strided(first, picks)]
 
 
@@ -347,7 +347,7 @@ def _convolution(
     transposed: bool,
     **_: Any,
 ) -> Field:
-    field = get(input).join(get(weight).unbounded().seen).mixed(1).with_dim(1, result.shape[1])
+    field = get(input).unbounded_where(get(weight).unbounded().seen).mixed(1).with_dim(1, result.shape[1])
     window = _spread_window if transposed else _window
     options = _options(weight.ndim - 2, weight.shape[2:], stride, padding, dilation)
     for dim, (k, s, p, d) in enumerate(options, start=2):
@@ -468,7 +468,7 @@ def _reduction(
 def _along(name: str, get: Lookup, result: Tensor, *, dim: int, **args: Any) -> Field:
     field = get(args["self"])
     if "index" in args:
-        field = field.join(get(args["index"]).unbounded().seen)
+        field = field.unbounded_where(get(args["index"]).unbounded().seen)
     dim %= result.ndim
     return field.unbounded(field.axes_of(dim)).with_dim(dim, result.shape[dim])
 
@@ -480,18 +480,18 @@ def _index(name: str, get: Lookup, result: Tensor, *, indices: Sequence[Tensor |
     for dim, index in used:
         if len(used) == 1 and index.ndim == 1 and get(index).is_constant:
             return field.unbounded(field.axes_of(dim)).with_dim(dim, result.shape[dim])
-    return field.lost(result.shape)
+    return field.unknown(result.shape)
 
 
 @_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 @_rule("cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")
 @_rule("native_layer_norm", "native_group_norm", "_fused_rms_norm")
 def _normalisation(name: str, get: Lookup, result: Tensor, *, input: Tensor, **args: Any) -> Field:
-    """The statistics come from the whole map, but a normalisation counts as elementwise."""
+    """Counts as elementwise, although the statistics may come from the whole map."""
     field = get(input)
     for other in args.values():
         if isinstance(other, Tensor):
-            field = field.join(get(other).unbounded().seen)
+            field = field.unbounded_where(get(other).unbounded().seen)
     return field
 
 
@@ -511,7 +511,7 @@ def _window(field: Field, dim: int, count: int, k: int, s: int, p: int, d: int) 
 
 
 def _spread_window(field: Field, dim: int, count: int, k: int, s: int, p: int, d: int) -> Field:
-    """Transposed convolution along one dimension: result j gets element i where `i * s - p + tap * d = j`."""
+    """Transposed convolution along one dimension: element i goes to results `i * s - p + tap * d`."""
 
     def taps(j: int) -> Iterable[int]:
         return [(j + p - tap * d) // s for tap in range(k) if (j + p - tap * d) % s == 0]
@@ -520,7 +520,7 @@ def _spread_window(field: Field, dim: int, count: int, k: int, s: int, p: int, d
 
 
 def _nearest_taps(count: int, ratio: Fraction, given: float | None, offset: Fraction) -> Taps:
-    """The element below `(j + offset) * ratio`, and the one that torch takes where fp32 rounds it."""
+    """The element `floor((j + offset) * ratio)`, and the one that torch takes if fp32 rounds it elsewhere."""
     period, shift = ratio.denominator, ratio.numerator
     scale = np.float32(1 / given if given else np.float32(shift) / np.float32(period))
     choices = [{math.floor((phase + offset) * ratio)} for phase in range(period)]
@@ -531,7 +531,7 @@ def _nearest_taps(count: int, ratio: Fraction, given: float | None, offset: Frac
 
 
 def _linear_taps(ratio: Fraction, offset: Fraction, reach: Iterable[int]) -> Taps:
-    """The elements around `j * ratio + offset`; only that one where it is an integer."""
+    """The elements around the position `j * ratio + offset`; one element if that is an integer."""
 
     def taps(j: int) -> Iterable[int]:
         position = j * ratio + offset
@@ -542,12 +542,12 @@ def _linear_taps(ratio: Fraction, offset: Fraction, reach: Iterable[int]) -> Tap
 
 
 def _ratio(count: int, extent: int, given: float | None) -> Fraction:
-    """Elements of the argument from one element of the result to the next."""
+    """How many elements of the argument one element of the result advances."""
     return 1 / Fraction(given).limit_denominator(1000) if given else Fraction(extent, count)
 
 
 def _scales(name: str, result: Tensor, args: dict[str, Any]) -> Iterator[tuple[int, float | None]]:
-    """The dimensions that an up-sampling changes, each with the scale that it was given, if any."""
+    """The dimensions that an up-sampling resizes, each with the scale given for it, or None."""
     axes = _axes(name)
     for axis, key in enumerate(("scales",) if axes == 1 else ("scales_d", "scales_h", "scales_w")[-axes:]):
         yield result.ndim - axes + axis, args[key]
@@ -560,7 +560,7 @@ def _axes(name: str) -> int:
 
 
 def _options(axes: int, *values: int | Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Kernel, stride, ... for one axis after the other."""
+    """Kernel, stride and so on of each axis."""
     rows = [[value] if isinstance(value, int) else list(value) for value in values]
     return zip(*(row * axes if len(row) == 1 else row for row in rows), strict=True)
 

@@ -1,4 +1,4 @@
-"""Carries receptive fields along with the tensors of a running model, without computing any values."""
+"""Follows receptive fields through a running model, without computing any values."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 @dataclass
 class _View:
     field: Field
-    parent: Geometry | None = None  # what it is a view of; None for the tensor that the storage was made for
+    parent: Geometry | None = None  # the tensor it is a view of; None for the first tensor of a storage
     forward: rules.Move | None = None
     backward: rules.Move | None = None
 
 
 @dataclass
 class _Storage:
-    """The tensors that share one storage, each after the one that it is a view of."""
+    """The tensors that share one storage; a view comes after the tensor it was made from."""
 
-    keep: torch.UntypedStorage  # while it lives, no other storage gets its address
+    keep: torch.UntypedStorage  # keeps the address from being used again
     views: dict[Geometry, _View] = field(default_factory=dict)
 
 
 class FieldTracker(TorchDispatchMode):
-    """Knows what every tensor that is made under it sees of an image. Works on fake tensors.
+    """Records what every tensor that is made under this mode sees of an image. Works on fake tensors.
 
-    Fields belong to storages, so writing to a view also changes what the tensors that share its storage see.
+    Fields are kept by storage, because writing to a view changes what all tensors of its storage see.
     """
 
     def __init__(self, fake_mode: FakeTensorMode, axes: int) -> None:
@@ -55,28 +55,28 @@ class FieldTracker(TorchDispatchMode):
         self._register(image, _View(Field.image(image.shape)))
 
     def field_of(self, tensor: Tensor) -> Field:
-        """What a tensor sees of the image; nothing if it was not made under this mode."""
+        """What a tensor sees of the image; a tensor not made under this mode sees nothing."""
         nothing = Field.constant(tensor.shape, self._axes)
         if tensor.layout != torch.strided:
-            return nothing.join([Unbounded(str(tensor.layout))] * self._axes)
+            return nothing.unbounded_where([Unbounded(str(tensor.layout))] * self._axes)
         storage = self._storages.get(_address(tensor))
         if storage is None or tensor.numel() == 0:
             return nothing
         view = storage.views.get(_geometry(tensor))
-        return view.field if view else next(iter(storage.views.values())).field.lost(tensor.shape)
+        return view.field if view else next(iter(storage.views.values())).field.unknown(tensor.shape)
 
     def is_join(self, tensor: Tensor, version: int) -> bool:
-        """Whether a map is two others one after the other along its channels, as at a skip connection."""
+        """Whether a map is two others concatenated along the channels, as at a skip connection."""
         return (
             tensor.layout == torch.strided and (_address(tensor), version, _geometry(tensor)) in self._joins
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
-        if func.namespace == "prim":  # questions such as which device a tensor is on
+        if func.namespace == "prim":  # for example asks for the device of a tensor
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
-            with self:  # made of other operators, but kept whole in inference mode
+            with self:  # composed of other operators, but not decomposed in inference mode
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace != "aten":
@@ -103,7 +103,7 @@ class FieldTracker(TorchDispatchMode):
             moves = rules.MOVES[name](source, outputs, **bound)
             backs = rules.write_back(name, source, outputs, bound)
             for tensor, move, back in zip(fresh, moves, backs, strict=True):
-                made = move(get(source)).explained(str(func))
+                made = move(get(source)).with_reason(str(func))
                 self._register(tensor, _View(made, parent, move, back), _address(source))
             return result
         for tensor in fresh:
@@ -114,8 +114,8 @@ class FieldTracker(TorchDispatchMode):
             else:
                 made = self._combined(known.values(), tensor.shape, elementwise)
             if made.shape != tensor.shape:
-                made = made.lost(tensor.shape)
-            self._register(tensor, _View(made.explained(str(func))))
+                made = made.unknown(tensor.shape)
+            self._register(tensor, _View(made.with_reason(str(func))))
             if name == "cat" and bound["dim"] == 1 and len(bound["tensors"]) == 2:
                 self._joins.add((_address(tensor), 0, _geometry(tensor)))  # version 0: nothing written since
         return result
@@ -126,7 +126,7 @@ class FieldTracker(TorchDispatchMode):
     def _combined(self, fields: Any, shape: Sequence[int], elementwise: bool) -> Field:
         if elementwise:
             return rules.elementwise(fields, shape, self._axes)
-        return rules.elementwise([field.lost(shape) for field in fields], shape, self._axes)
+        return rules.elementwise([field.unknown(shape) for field in fields], shape, self._axes)
 
     def _register(self, tensor: Tensor, view: _View, address_of_parent: int | None = None) -> None:
         if tensor.layout != torch.strided:
@@ -136,7 +136,7 @@ class FieldTracker(TorchDispatchMode):
         if geometry in storage.views:
             return
         if storage.views and address != address_of_parent:
-            view = _View(view.field.lost(tensor.shape))
+            view = _View(view.field.unknown(tensor.shape))
         elif not storage.views:
             view = _View(view.field)
         storage.views[geometry] = view
@@ -151,16 +151,16 @@ class FieldTracker(TorchDispatchMode):
             return
         while view.parent is not None:
             parent = views[view.parent]
-            made = view.backward(made) if view.backward else made.lost(parent.field.shape)
+            made = view.backward(made) if view.backward else made.unknown(parent.field.shape)
             view = parent
-        view.field = view.field.union(made).explained(reason)
+        view.field = view.field.union(made).with_reason(reason)
         for view in views.values():
             if view.parent is not None and view.forward is not None:
-                view.field = view.forward(views[view.parent].field).explained(reason)
+                view.field = view.forward(views[view.parent].field).with_reason(reason)
 
 
 class CircularPaddingAsZeros(TorchFunctionMode):
-    """Pads with zeros where a model pads circularly; what is padded lies outside the image either way."""
+    """Pads with zeros where a model pads circularly; padding lies outside the image either way."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
