@@ -23,6 +23,7 @@ from contrastseg_fast.receptive_field import (
     receptive_fields,
     stack_receptive_field,
     trace,
+    trace_layers,
 )
 
 Interval = tuple[int, int]  # pixels [low, high)
@@ -666,6 +667,34 @@ class Skips(nn.Module):
 def test_layers_without_a_field(layer: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         receptive_fields(Skips(), (1, 1, 8, 8), [layer])
+
+
+def test_watched_layers_need_not_run_unless_required() -> None:
+    model, shape = Skips(), (1, 1, 8, 8)
+    names = ["idle", "constant", "last"]
+    with pytest.raises(ValueError, match="layers: expected layers that run and return tensors, got 'idle'"):
+        trace_layers(model, shape, names)
+    assert list(trace_layers(model, shape, names, required=())) == ["constant", "last"]
+    assert list(trace_layers(model, shape, names, required=["last"])) == ["constant", "last"]
+    assert list(trace_layers(model, shape, ["last"], required=["constant"])) == ["constant", "last"]
+    for watched in (names, None):
+        with pytest.raises(ValueError, match="got 'idle', which did not"):
+            trace_layers(model, shape, watched, required=["last", "idle"])
+        with pytest.raises(ValueError, match="got 'lost'; near names: 'last'"):
+            trace_layers(model, shape, watched, required=["lost"])
+
+
+def test_layers_are_watched_under_each_name_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
+    model.add_module("again", model[0])
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    runs = trace_layers(model, (1, 1, 16, 16), names, required=())
+    assert set(runs) == {"", "0", "1", "again"}
+    assert runs["0"].output is runs["again"].output
+    assert runs["again"].receptive_field.size == (5, 5)
+    assert runs["again"].times == 2
+    assert set(trace_layers(model, (1, 1, 16, 16))) == {"", "0", "1"}
+    assert set(trace_layers(model, (1, 1, 16, 16), required=["again"])) == {"", "0", "1", "again"}
 
 
 class Branches(nn.Module):

@@ -151,6 +151,7 @@ def trace_layers(
     names: Sequence[str] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    required: Sequence[str] | None = None,
 ) -> dict[str, LayerRun]:
     """Run a model once, in eval mode and without data, and record the last run of each watched layer.
 
@@ -159,17 +160,19 @@ def trace_layers(
     Args:
         model: a module that takes one tensor.
         input_shape: `(B, C, *spatial)`.
-        names: the layers to watch, which must run and return a tensor; None watches every layer, under its
-            first name, and leaves out those that do not run or return no tensor.
+        names: the layers to watch; None watches every layer, under its first name. A layer may be watched
+            under each of the names that it has in `model.named_modules(remove_duplicate=False)`.
         dtype: dtype of the input; None takes that of the model's first floating-point parameter or buffer.
             The input is always on the device of that one.
+        required: layers that must run and return a tensor. They are watched as well. None means all of
+            `names`. The others are left out of the result if they do not run or return no tensor.
 
     Returns:
         the run of each watched layer by its name, in the order of these runs.
 
     Raises:
-        ValueError: the model has no layer of a name in `names`, it has lazy parameters, or a layer in `names`
-            did not run or returned no tensor.
+        ValueError: the model has no layer of a name in `names` or `required`, it has lazy parameters, or a
+            required layer did not run or returned no tensor.
         RuntimeError: the model does not run on an input of that shape without data, or it reads values of
             tensors, for example to branch on them.
 
@@ -178,9 +181,11 @@ def trace_layers(
         >>> {name: run.shape for name, run in trace_layers(model, (1, 1, 8, 8)).items()}
         {'0': (1, 8, 6, 6), '1': (1, 8, 6, 6), '': (1, 8, 6, 6)}
     """
+    if required is None:
+        required = names or ()
     known = dict(model.named_modules(remove_duplicate=False))
     watched = dict(model.named_modules()) if names is None else {}
-    for name in names or ():
+    for name in (*(names or ()), *required):
         if name not in known:
             raise ValueError(unknown_layer(name, known))
         watched[name] = known[name]
@@ -223,7 +228,7 @@ def trace_layers(
                     f"model: expected one that runs without data on an input of shape {tuple(input_shape)} "
                     f"(example_input or input_shape), got {type(error).__name__}: {error}"
                 ) from error
-    for name in names or ():
+    for name in required:
         if name not in runs:
             _checks.fail("layers", "layers that run and return tensors", f"{name!r}, which did not")
     return runs
