@@ -14,8 +14,8 @@ from benchmarks.masks import chest_crops, chest_images, chest_slices
 from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable
 from benchmarks.ratios import ratios_by_cumsum
 from contrastseg_fast import ReceptiveField, receptive_fields, reference
+from contrastseg_fast.attach import attach_pdcr, insert_uafs
 from contrastseg_fast.functional import sample_grid
-from contrastseg_fast.plugin import attach_pdcr, insert_uafs
 
 NUM_CLASSES = 5
 PDCR_WEIGHT = 0.01

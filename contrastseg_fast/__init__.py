@@ -8,8 +8,8 @@
 names in plain PyTorch, to be read against the paper.
 """
 
+from contrastseg_fast.attach import attach_pdcr, insert_uafs, remove_uafs
 from contrastseg_fast.modules import UAFS, PDCRLoss
-from contrastseg_fast.plugin import attach_pdcr, insert_uafs, remove_uafs
 from contrastseg_fast.receptive_field import ReceptiveField, receptive_fields
 
 __version__ = "0.1.0"

@@ -25,6 +25,7 @@ from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from contrastseg_fast import ReceptiveField, attach_pdcr, insert_uafs
+from contrastseg_fast.attach import AttachedPDCR
 from contrastseg_fast.experiments.batches import Cases, Patches, batches
 from contrastseg_fast.experiments.comparators import insert_comparator
 from contrastseg_fast.experiments.config import Config, Training
@@ -34,7 +35,6 @@ from contrastseg_fast.experiments.files import replace_bytes, replace_text
 from contrastseg_fast.experiments.networks import build
 from contrastseg_fast.experiments.provenance import commit
 from contrastseg_fast.experiments.training import Trainer
-from contrastseg_fast.plugin import AttachedPDCR
 
 EXAMINED = 16  # test cases whose hidden vectors are looked at
 RESULT, CHECKPOINT, BEST = "result.json", "checkpoint.pt", "best.pt"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from contrastseg_fast import _checks, plugin
+from contrastseg_fast import _checks, attach
 from contrastseg_fast.functional import warmup_weight
 
 if not any(find_spec(name) for name in ("lightning", "pytorch_lightning")):
@@ -56,7 +56,7 @@ class PDCRMixin(_Base):
         True
     """
 
-    pdcr: plugin.AttachedPDCR | None = None
+    pdcr: attach.AttachedPDCR | None = None
 
     def attach_pdcr(
         self,
@@ -82,7 +82,7 @@ class PDCRMixin(_Base):
         """
         _checks.not_negative("weight", weight)
         _checks.not_negative("warmup_steps", warmup_steps)
-        self.pdcr = plugin.attach_pdcr(net, layers, num_classes, **options)
+        self.pdcr = attach.attach_pdcr(net, layers, num_classes, **options)
         self.pdcr_loss = self.pdcr.loss
         self.pdcr_weight = weight
         self.pdcr_warmup_steps = warmup_steps

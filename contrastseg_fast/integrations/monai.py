@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from contrastseg_fast import _checks, modules
-from contrastseg_fast.plugin import AttachedPDCR, attach_pdcr, insert_uafs, remove_uafs
+from contrastseg_fast.attach import AttachedPDCR, attach_pdcr, insert_uafs, remove_uafs
 from contrastseg_fast.receptive_field import ReceptiveField
 
 try:

@@ -18,7 +18,7 @@ pytest.importorskip("torchvision", reason="needs the extra integrations")
 from torchvision.models import segmentation  # noqa: E402
 
 from contrastseg_fast import PDCRLoss, attach_pdcr, insert_uafs, receptive_fields  # noqa: E402
-from contrastseg_fast.plugin import remove_uafs  # noqa: E402
+from contrastseg_fast.attach import remove_uafs  # noqa: E402
 
 SIDE = 64
 

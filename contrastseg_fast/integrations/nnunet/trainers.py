@@ -21,9 +21,9 @@ from contrastseg_fast import (
     insert_uafs,
     receptive_fields,
 )
+from contrastseg_fast.attach import AttachedPDCR, find_layers
 from contrastseg_fast.functional import warmup_weight
 from contrastseg_fast.modules import finest
-from contrastseg_fast.plugin import AttachedPDCR, find_layers
 
 _AUTO_STRIDES = (2, 4, 8)
 _PREFIXES = ("pdcr_", "uafs_")  # of settings

@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, plugin, receptive_fields
+from contrastseg_fast import PDCRLoss, ReceptiveField, attach, attach_pdcr, insert_uafs, receptive_fields
+from contrastseg_fast.attach import remove_uafs
 from contrastseg_fast.functional import foreground_ratio, repelled_fraction
-from contrastseg_fast.plugin import remove_uafs
 
 X = (2, 1, 24, 32)
 
@@ -279,7 +279,7 @@ def test_copies_and_pickles_take_the_regularizer_along() -> None:
     torch.testing.assert_close(pdcr(y), expected)
 
 
-def regularized_loss(model: nn.Module, pdcr: plugin.AttachedPDCR, x: Tensor, y: Tensor) -> Tensor:
+def regularized_loss(model: nn.Module, pdcr: attach.AttachedPDCR, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(nn.functional.interpolate(model(x), y.shape[1:]), y) + 0.1 * pdcr(y)
 
 
@@ -426,13 +426,13 @@ def test_layers_by_pattern() -> None:
     model, (x, _) = Net(), batch()
     fields = attach_pdcr(model, ["d*", "down", "stem"], 3, example_input=x).loss.receptive_fields
     assert list(fields) == ["down", "deep", "stem"]  # what lies inside a match does not count
-    assert plugin.find_layers(model, "down.*") == ["down.0", "down.1"]
+    assert attach.find_layers(model, "down.*") == ["down.0", "down.1"]
     listed = nn.Module()
     listed.blocks = nn.ModuleList([nn.Conv2d(1, 1, 3), nn.Identity()])
     listed.forward = lambda x: listed.blocks[0](x)
-    assert plugin.find_layers(listed, "blocks*", x) == ["blocks.0"]  # neither lists nor what does not run
+    assert attach.find_layers(listed, "blocks*", x) == ["blocks.0"]  # neither lists nor what does not run
     insert_uafs(model, "down", 2, example_input=x)
-    assert plugin.find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
+    assert attach.find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
     shared = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
     shared.add_module("again", shared[0])
     assert list(attach_pdcr(shared, ["again", "0"], 2, example_input=x).loss.receptive_fields) == ["again"]
@@ -825,4 +825,4 @@ def test_gates_that_cannot_be_inserted() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(plugin).failed == 0
+    assert doctest.testmod(attach.pdcr).failed == 0

@@ -223,7 +223,7 @@ def insert_uafs(
     The gates become the submodule `model.uafs`, so they train, move and save with the model; every other key
     of the state dict stays as it was, and weights saved before load with `strict=False`. Make the optimizer
     afterwards, and attach PDCR afterwards too: it then sees gated features, with the gates' receptive fields.
-    `contrastseg_fast.plugin.remove_uafs(model)` takes the gates out again.
+    `contrastseg_fast.attach.remove_uafs(model)` takes the gates out again.
 
     Args:
         model: a module. Wrap it (in DistributedDataParallel) and compile it afterwards.
