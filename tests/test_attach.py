@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import gc
+import importlib
 import io
 import logging
 import pickle
@@ -19,13 +20,14 @@ import pytest
 import torch
 from conftest import blob_labels, normwise_error
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from contrastseg_fast import PDCRLoss, ReceptiveField, attach, attach_pdcr, insert_uafs, receptive_fields
-from contrastseg_fast.attach import remove_uafs
+from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, receptive_fields
+from contrastseg_fast.attach import AttachedPDCR, find_layers, remove_uafs
 from contrastseg_fast.functional import foreground_ratio, repelled_fraction
 
 X = (2, 1, 24, 32)
@@ -222,6 +224,20 @@ def test_a_reentrant_checkpoint_is_refused() -> None:
         pdcr(y)
 
 
+def test_a_compiled_model_is_compiled_once_for_all_steps() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x, projection="linear")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(4):
+        output = compiled(x)
+        if step % 2:
+            pdcr.repelled_fraction(y)
+        (output.mean() + pdcr(y)).backward()
+        pdcr.repelled_fraction(y)
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_model_collects_in_its_graph() -> None:
     model, (x, y) = Net(), batch()
     insert_uafs(model, "deep", 2, example_input=x)
@@ -279,7 +295,7 @@ def test_copies_and_pickles_take_the_regularizer_along() -> None:
     torch.testing.assert_close(pdcr(y), expected)
 
 
-def regularized_loss(model: nn.Module, pdcr: attach.AttachedPDCR, x: Tensor, y: Tensor) -> Tensor:
+def regularized_loss(model: nn.Module, pdcr: AttachedPDCR, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(nn.functional.interpolate(model(x), y.shape[1:]), y) + 0.1 * pdcr(y)
 
 
@@ -295,29 +311,37 @@ def train_on_half_a_batch(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    x, y, state = torch.load(folder / "batch.pt")
-    model = normalised_by_image()
-    model.load_state_dict(state)
-    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):
-        model.zero_grad()
-        regularized_loss(parallel, pdcr, x[rank : rank + 1], y[rank : rank + 1]).backward()
-    torch.save(gradients(model), folder / f"gradients{rank}.pt")
-    del parallel  # it holds the group, whose threads must end before the interpreter does
+    x, y, states = torch.load(folder / "batch.pt")
+    results = []
+    for projection, state in states.items():
+        model = normalised_by_image()
+        pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x, projection=projection)
+        if rank == 0:  # DistributedDataParallel copies the parameters of rank 0, the heads among them
+            model.load_state_dict(state)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            regularized_loss(parallel, pdcr, x[rank : rank + 1], y[rank : rank + 1]).backward()
+        results.append(gradients(model))
+        del parallel  # it holds the group, whose threads must end before the interpreter does
+    torch.save(results, folder / f"gradients{rank}.pt")
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_find_the_gradients_of_one(tmp_path: Path) -> None:
-    model, (x, y) = normalised_by_image(), batch()
-    torch.save((x, y, model.state_dict()), tmp_path / "batch.pt")
+    x, y = batch()
+    states, expected = {}, []
+    for projection in (None, "linear"):
+        model = normalised_by_image()
+        pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x, projection=projection)
+        states[projection] = model.state_dict()
+        regularized_loss(model, pdcr, x, y).backward()
+        expected.append(gradients(model))
+        assert len(expected[-1]) == len(list(model.parameters()))
+    torch.save((x, y, states), tmp_path / "batch.pt")
     torch.multiprocessing.spawn(train_on_half_a_batch, (tmp_path,), nprocs=2)
-    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
-    regularized_loss(model, pdcr, x, y).backward()
-    expected = gradients(model)
-    assert len(expected) == len(list(model.parameters()))
     for rank in range(2):
         torch.testing.assert_close(
             torch.load(tmp_path / f"gradients{rank}.pt"), expected, rtol=1e-4, atol=1e-6
@@ -385,6 +409,138 @@ def test_passes_in_eval_mode_run_the_same_operators() -> None:
     assert len(counts[0]) > 5
 
 
+def test_heads_live_in_a_model_without_changing_it() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 3, 1)))
+    x, labels = torch.randn(2, 1, 24, 20), blob_labels(2, (24, 20), 3)
+    expected, keys = model(x), list(model.state_dict())
+    pdcr = attach_pdcr(
+        model.eval(), ["0", "2.0"], 3, example_input=x, projection="mlp", projection_channels=4
+    )
+    assert model.pdcr is pdcr.loss.projections
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(x), expected)
+    parts = [f"{step}.{kind}" for step in (0, 2) for kind in ("weight", "bias")]
+    heads = [f"pdcr.{layer}.{part}" for layer in ("0", "2/0") for part in parts]
+    assert list(model.state_dict()) == keys + heads
+    model.train().double()
+    model(x.double())
+    assert pdcr(labels).dtype == torch.float64
+    average = AveragedModel(model)
+    with torch.no_grad():
+        model.pdcr["0"][0].weight.add_(1)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    before, after = (m.pdcr["0"][0].weight for m in (model, average.module))
+    torch.testing.assert_close(after, before)
+    assert torch.equal(average.eval()(x.double()), model.eval()(x.double()))
+    for _ in range(2):
+        pdcr.remove()
+        assert list(model.state_dict()) == keys
+        assert not hasattr(model, "pdcr")
+    assert torch.equal(model(x.double()), average(x.double()))
+
+
+def test_optimizers_and_state_dicts_see_heads() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x, projection="linear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = copy.deepcopy(model.state_dict())
+    model(x)
+    expected = pdcr(y)
+    expected.backward()
+    optimizer.step()
+    for name, head in model.pdcr.named_parameters():
+        assert not torch.equal(head, state[f"pdcr.{name}"])
+    model.load_state_dict(state)
+    model(x)
+    torch.testing.assert_close(pdcr(y), expected)
+
+
+def test_heads_take_the_dtype_of_the_model() -> None:
+    model, (x, y) = Net().double(), batch()
+    pdcr = attach_pdcr(model, "down", 3, example_input=x.double(), projection="linear")
+    assert model.pdcr["down"].weight.dtype == torch.float64
+    model(x.double())
+    assert pdcr(y).dtype == torch.float64
+
+
+def test_a_model_has_one_attribute_for_heads() -> None:
+    x = torch.zeros(X)
+    for taken in (nn.Identity(), 3):
+        model = Net()
+        model.pdcr = taken
+        with pytest.raises(ValueError, match=rf"model: expected no attribute 'pdcr'.*{type(taken).__name__}"):
+            attach_pdcr(model, "down", 3, example_input=x, projection="linear")
+        assert model.pdcr is taken
+        assert not model.down._forward_hooks
+        attach_pdcr(model, "down", 3, example_input=x)
+    model = Net()
+    first = attach_pdcr(model, "down", 3, example_input=x, projection="linear")
+    with pytest.raises(ValueError, match="model: expected no attribute 'pdcr'"):
+        attach_pdcr(model, "deep", 3, example_input=x, projection="linear")
+    second = attach_pdcr(model, "deep", 3, example_input=x)
+    second.remove()
+    assert model.pdcr is first.loss.projections
+    first.remove()
+    attach_pdcr(model, "deep", 3, example_input=x, projection="linear")
+
+
+class Task(nn.Module):
+    """Holds a model and its regularizer, as a LightningModule does."""
+
+    def __init__(self, projection: str | None) -> None:
+        super().__init__()
+        self.net = Net()
+        self.keys = list(self.state_dict())
+        self.regularizer = attach_pdcr(
+            self.net, "down", 3, example_input=torch.zeros(X), projection=projection
+        )
+
+
+def test_a_regularizer_registers_no_parameters() -> None:
+    heads = ["net.pdcr.down.weight", "net.pdcr.down.bias"]
+    for task, added in ((Task(None), []), (Task("linear"), heads)):
+        assert list(task.state_dict()) == task.keys + added
+        names = [name for name, _ in task.named_parameters(remove_duplicate=False)]
+        assert names == [f"net.{name}" for name, _ in task.net.named_parameters()]
+
+
+def regularizer_of(model: nn.Module) -> AttachedPDCR:
+    (hook,) = model._forward_pre_hooks.values()
+    return hook.__self__
+
+
+def test_copies_project_with_their_own_heads() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x, projection="mlp", projection_channels=4)
+    model(x)
+    expected = pdcr(y).detach()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
+        regularizer = regularizer_of(other)
+        assert regularizer.loss.projections is other.pdcr
+        other(x)
+        torch.testing.assert_close(regularizer(y).detach(), expected)
+        with torch.no_grad():
+            other.pdcr["down"][2].weight.normal_()
+        other(x)
+        changed = regularizer(y)
+        assert not torch.isclose(changed, expected)
+        changed.backward()
+        assert all(parameter.grad is not None for parameter in other.pdcr.parameters())
+        regularizer.remove()
+        assert not hasattr(other, "pdcr")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(x)
+    torch.testing.assert_close(pdcr(y).detach(), expected)
+
+
 def test_projections_find_their_channels() -> None:
     model, (x, y) = Net(), batch()
     pdcr = attach_pdcr(
@@ -394,6 +550,7 @@ def test_projections_find_their_channels() -> None:
     model(x)
     pdcr(y).backward()
     assert all(parameter.grad is not None for parameter in pdcr.loss.parameters())
+    pdcr.remove()
     fields = receptive_fields(model, X, ["down"])
     options = {"projection": "linear", "receptive_fields": fields}
     assert attach_pdcr(model, "down", 3, example_input=x, **options).loss.in_channels == {"down": 6}
@@ -426,13 +583,13 @@ def test_layers_by_pattern() -> None:
     model, (x, _) = Net(), batch()
     fields = attach_pdcr(model, ["d*", "down", "stem"], 3, example_input=x).loss.receptive_fields
     assert list(fields) == ["down", "deep", "stem"]  # what lies inside a match does not count
-    assert attach.find_layers(model, "down.*") == ["down.0", "down.1"]
+    assert find_layers(model, "down.*") == ["down.0", "down.1"]
     listed = nn.Module()
     listed.blocks = nn.ModuleList([nn.Conv2d(1, 1, 3), nn.Identity()])
     listed.forward = lambda x: listed.blocks[0](x)
-    assert attach.find_layers(listed, "blocks*", x) == ["blocks.0"]  # neither lists nor what does not run
+    assert find_layers(listed, "blocks*", x) == ["blocks.0"]  # neither lists nor what does not run
     insert_uafs(model, "down", 2, example_input=x)
-    assert attach.find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
+    assert find_layers(model, "*") == ["stem", "down", "deep", "up", "head", "relu"]  # no gates
     shared = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
     shared.add_module("again", shared[0])
     assert list(attach_pdcr(shared, ["again", "0"], 2, example_input=x).loss.receptive_fields) == ["again"]
@@ -527,6 +684,44 @@ class Branching(nn.Module):
         return y if y.sum() > 0 else -y
 
 
+PASSES: list[str] = []
+
+
+class Counted(Net):
+    """Counts its forward passes, those without data too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        PASSES.append("pass")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("layers", ["down", ["stem", "d*"], "*", "auto"])
+@pytest.mark.parametrize("projection", [None, "linear"])
+def test_layers_and_their_fields_are_found_in_one_pass(layers: Any, projection: str | None) -> None:
+    x, field = torch.zeros(1, 1, 64, 64), ReceptiveField((3, 3), (2, 2), (-1, -1))
+    options = {"example_input": x, "projection": projection}
+    for given in ({}, {"down": field}):
+        PASSES.clear()
+        attach_pdcr(Counted(), layers, 3, receptive_fields=given, **options)
+        assert len(PASSES) == (0 if given and layers == "down" and projection is None else 1)
+    PASSES.clear()
+    insert_uafs(Counted(), layers, 3, example_input=x)
+    assert len(PASSES) == 1
+    find_layers(Counted(), "d*", x)
+    assert len(PASSES) == 2
+
+
+def test_patterns_and_auto_choose_no_heads() -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 4, 5, 2, 2), nn.ReLU(), nn.Conv2d(4, 3, 3, 2, 1))
+    x = torch.zeros(1, 1, 64, 64)
+    for layers in ("auto", "*"):
+        model = copy.deepcopy(plain)
+        expected = attach_pdcr(model, layers, 3, example_input=x).loss.receptive_fields
+        attach_pdcr(model, "0", 3, example_input=x, projection="mlp")
+        assert attach_pdcr(model, layers, 3, example_input=x).loss.receptive_fields == expected
+        assert find_layers(model, "*") == ["0", "1", "2"]
+
+
 def test_patterns_need_no_run_where_fields_are_given_or_nothing_matches() -> None:
     x, fields = torch.zeros(X), {"stem": ReceptiveField((3, 3), (1, 1), (-1, -1))}
     pdcr = attach_pdcr(Branching(), "st*", 2, example_input=x, receptive_fields=fields)
@@ -574,7 +769,7 @@ def test_an_example_that_the_model_refuses_is_named(caplog: pytest.LogCaptureFix
     assert logger.isEnabledFor(logging.ERROR)
 
 
-def test_the_repelled_fraction_is_that_of_the_next_loss() -> None:
+def test_the_repelled_fraction_is_that_of_the_latest_pass() -> None:
     model, (x, y) = Net(), batch()
     pdcr = attach_pdcr(model, ["stem", "down"], 3, example_input=x, num_samples=40, class_distance="tv")
     model(x)
@@ -588,9 +783,69 @@ def test_the_repelled_fraction_is_that_of_the_next_loss() -> None:
         expected = repelled_fraction(sample.vectors, ratios, class_distance="tv")
         torch.testing.assert_close(fractions[:, k], expected)
     assert 0 < fractions.min() < fractions.max() < 1
-    assert pdcr(y).requires_grad
+    value = pdcr(y)
+    assert value.requires_grad
+    value.backward()
+    torch.testing.assert_close(pdcr.repelled_fraction(y), fractions)
+    with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
+        pdcr(y)
+    torch.testing.assert_close(pdcr.repelled_fraction(y), fractions)
+    model(torch.randn(X))
+    later = pdcr.repelled_fraction(y)
+    assert not torch.equal(later, fractions)
+    pdcr(y)
+    with torch.no_grad():
+        torch.testing.assert_close(pdcr.repelled_fraction(y), later)
+    with pdcr.paused():
+        model(x)
+    torch.testing.assert_close(pdcr.repelled_fraction(y), later)
+
+
+def test_there_is_no_repelled_fraction_of_passes_that_do_not_count() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["stem", "down"], 3, example_input=x)
+    for context, training in ((torch.no_grad, True), (torch.enable_grad, False)):
+        model.train()
+        model(x)
+        pdcr(y)
+        pdcr.repelled_fraction(y)
+        model.train(training)
+        with context():
+            model(x)
+        with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
+            pdcr.repelled_fraction(y)
+    model.train()
+    model(x)
+    pdcr.remove()
     with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
         pdcr.repelled_fraction(y)
+
+
+class Saved:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_a_used_pass_keeps_no_graph() -> None:
+    model, (x, y) = Net(), batch()
+    pdcr = attach_pdcr(model, ["down", "deep"], 3, example_input=x)
+    saved: list[weakref.ref[Saved]] = []
+
+    def pack(tensor: Tensor) -> Saved:
+        kept = Saved(tensor.detach())  # else a saved output and the graph would keep each other
+        saved.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        model(x)
+    gc.collect()
+    assert any(reference() is not None for reference in saved)
+    pdcr(y)
+    gc.collect()
+    assert all(reference() is None for reference in saved)
+    assert pdcr.repelled_fraction(y).isfinite().all()
 
 
 def stem_and_down(model: Net, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -654,6 +909,11 @@ def test_receptive_fields_by_hand() -> None:
     }
     with pytest.raises(ValueError, match=r"receptive_fields: expected some of the layers \['out'\]"):
         attach_pdcr(model, "out", 3, receptive_fields={"conv": field})
+    options = {"example_input": torch.zeros(1, 1, 96, 96), "projection": "mlp"}
+    with pytest.raises(ValueError, match=r"layers: expected names of layers .* got 'cnov'"):
+        attach_pdcr(Net(), "auto", 3, receptive_fields={"cnov": field}, **options)
+    added = attach_pdcr(Net(), "auto", 3, receptive_fields={"up": field}, **options)
+    assert added.loss.in_channels == {"up": 6, "down": 6, "deep": 8}
 
 
 class Pair(NamedTuple):
@@ -825,4 +1085,7 @@ def test_gates_that_cannot_be_inserted() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(attach.pdcr).failed == 0
+    for name in ("layers", "pdcr", "uafs"):
+        result = doctest.testmod(importlib.import_module(f"contrastseg_fast.attach.{name}"))
+        assert result.attempted > 0
+        assert result.failed == 0

@@ -236,6 +236,16 @@ def test_regularized_losses() -> None:
         RegularizedLoss(dice, pdcr, weight=-1)
 
 
+def test_the_network_holds_the_heads_and_the_loss_holds_no_parameters() -> None:
+    model, (x, y) = NETWORKS["BasicUNet"](2), batch(2)
+    pdcr = attach_pdcr(model, ["down_1", "upcat_2"], 3, example_input=x, projection="linear")
+    criterion = RegularizedLoss(DiceCELoss(to_onehot_y=True, softmax=True), pdcr)
+    assert not list(criterion.parameters())
+    assert not criterion.state_dict()
+    criterion(model(x), y).backward()
+    assert all(head.grad.abs().max() > 0 for head in model.pdcr.parameters())
+
+
 def test_without_monai_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['monai'] = None; import contrastseg_fast.integrations.monai"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

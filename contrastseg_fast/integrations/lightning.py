@@ -33,8 +33,9 @@ class PDCRMixin(_Base):
     """Adds PDCR to the loss that a LightningModule's `training_step` returns, and logs it as `train_pdcr`.
 
     Put it before the module in the list of bases, and call `attach_pdcr` at the end of `__init__`. What the
-    trainer does stays as it was: devices, precision, accumulation, checkpoints and their keys (a projection
-    head adds its own, under `pdcr_loss`), resuming, validation. Automatic optimization only.
+    trainer does stays the same: devices, precision, accumulation, checkpoints, resuming, validation. The keys
+    of checkpoints stay the same too; projection heads add theirs, which begin with the network's name and
+    `pdcr`, such as `net.pdcr.1.weight`. Automatic optimization only.
 
     Example:
         >>> import lightning, torch
@@ -73,17 +74,17 @@ class PDCRMixin(_Base):
         Args:
             net: the network that `training_step` calls.
             layers, num_classes: as for `contrastseg_fast.attach_pdcr`.
-            weight: of the regularizer beside the loss.
-            warmup_steps: optimizer steps over which the weight rises from 0.
-            options: everything else that `contrastseg_fast.attach_pdcr` takes, `example_input` first.
+            weight: weight of the regularizer in the loss.
+            warmup_steps: number of optimizer steps over which the weight rises from 0.
+            options: other arguments of `contrastseg_fast.attach_pdcr`, above all `example_input`.
 
         Raises:
-            TypeError, ValueError: an argument does not fit.
+            TypeError, ValueError: `weight` or `warmup_steps` is negative, infinite or not a number, or
+                `contrastseg_fast.attach_pdcr` raises for another argument.
         """
         _checks.not_negative("weight", weight)
         _checks.not_negative("warmup_steps", warmup_steps)
         self.pdcr = attach.attach_pdcr(net, layers, num_classes, **options)
-        self.pdcr_loss = self.pdcr.loss
         self.pdcr_weight = weight
         self.pdcr_warmup_steps = warmup_steps
 
@@ -97,7 +98,7 @@ class PDCRMixin(_Base):
             the second item of a tuple or list; of a mapping, `"label"`, `"mask"`, `"target"` or `"y"`.
 
         Raises:
-            TypeError: the batch is of another kind.
+            TypeError: the batch is not such a tuple, list or mapping.
         """
         if isinstance(batch, Mapping):
             for key in _LABEL_KEYS:

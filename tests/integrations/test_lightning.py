@@ -104,9 +104,11 @@ def test_checkpoints_resume(tmp_path: Path, options: dict[str, Any]) -> None:
     run.fit(first, data)
     path = run.checkpoint_callback.best_model_path
     keys = set(torch.load(path, weights_only=True)["state_dict"])
-    assert keys >= {f"net.{key}" for key in Segmentation().net.state_dict()}
-    extra = {key.split(".")[0] for key in keys} - {"net"}
-    assert extra == ({"pdcr_loss"} if options else set())
+    gated = insert_uafs(Segmentation().net, "1", 3, example_input=X)
+    plain = {f"net.{key}" for key in gated.state_dict()}
+    assert keys >= plain
+    heads = {f"net.pdcr.{layer}.{name}" for layer in ("1", "3") for name in ("weight", "bias")}
+    assert keys - plain == (heads if options else set())
     second = Regularized(**options)
     trainer(tmp_path / "second", max_epochs=2).fit(second, data, ckpt_path=path)
     assert first.results + second.results == pytest.approx(whole.results, rel=1e-5)

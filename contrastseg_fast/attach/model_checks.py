@@ -1,0 +1,34 @@
+"""What a model must be to have PDCR attached or gates inserted."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from contrastseg_fast import _checks
+
+_NO_DATA_PARALLEL = "DataParallel, whose replicas share hooks (use DistributedDataParallel)"
+
+
+def check_model(model: nn.Module) -> None:
+    """Check that a model is a module, is not compiled, and contains no DataParallel."""
+    if not isinstance(model, nn.Module):
+        _checks.fail_type("model", "an nn.Module", type(model).__name__)
+    if hasattr(model, "_orig_mod"):
+        _checks.fail_type("model", "one to be compiled afterwards", f"a compiled {type(model).__name__}")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        _checks.fail_type("model", f"one without {_NO_DATA_PARALLEL}", "nn.DataParallel")
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise a RuntimeError if a module is a replica made by DataParallel."""
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(f"model: expected one process per device, got {_NO_DATA_PARALLEL}")
+
+
+def check_example(example_input: Tensor | None) -> Tensor:
+    """The example input, checked to be a tensor with two or three spatial axes."""
+    if not isinstance(example_input, Tensor):
+        _checks.fail_type("example_input", "a tensor (B, C, *spatial)", type(example_input).__name__)
+    if example_input.ndim not in (4, 5):
+        _checks.fail("example_input", "a tensor (B, C, *spatial)", f"shape {tuple(example_input.shape)}")
+    return example_input
