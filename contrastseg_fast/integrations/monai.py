@@ -36,18 +36,19 @@ class PDCRLoss(_Loss):
     """Patch-dragsaw contrastive regularization with the arguments of MONAI's losses.
 
     Args:
-        receptive_fields: the box of every vector, by layer name or in the order of the layers, as
+        receptive_fields: the receptive field of each layer, by name or in the order of the layers, as
             `contrastseg_fast.receptive_fields` finds them.
         num_classes: number of classes, background included.
         include_background: whether class 0 counts in the distance of ratios.
         to_onehot_y: whether targets are class labels `(B, 1, *spatial)`; else they are one-hot
             `(B, num_classes, *spatial)`. Neither is converted: the labels are counted as they are.
         reduction: `LossReduction.MEAN`, `SUM` or `NONE`, or its name; see `contrastseg_fast.PDCRLoss`.
-        ignore_index: the label of pixels to leave out.
-        options: everything else that `contrastseg_fast.PDCRLoss` takes: `num_samples`, `temperature`, ...
+        ignore_index: the label of pixels to ignore.
+        options: other arguments of `contrastseg_fast.PDCRLoss`: `num_samples`, `temperature`, ...
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: `reduction` is not one of MONAI's, or `contrastseg_fast.PDCRLoss` raises for
+            another argument.
 
     Example:
         >>> import torch
@@ -97,7 +98,9 @@ class PDCRLoss(_Loss):
             the loss, a plain tensor: a scalar, or `(B, layers)` for `reduction="none"`.
 
         Raises:
-            TypeError, ValueError: an argument does not fit.
+            TypeError, ValueError: `target` does not have one channel (`to_onehot_y=True`) or `num_classes`
+                channels (`to_onehot_y=False`), or `input`, `target` or `mask` is not as
+                `contrastseg_fast.PDCRLoss` needs it.
         """
         maps = [_plain(x) for x in self.pdcr.in_layer_order(input)]
         target = _plain(target)
@@ -121,10 +124,12 @@ class RegularizedLoss(_Loss):
     Args:
         loss: the segmentation loss; `DeepSupervisionLoss` around another too.
         pdcr: what `attach_pdcr` returned for the model.
-        weight: of the regularizer; may be changed between steps.
+        weight: weight of the regularizer; may be changed between steps.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError: `loss` is not callable, `pdcr` was not returned by `attach_pdcr`, or `weight` is not a
+            number.
+        ValueError: `weight` is negative or not finite.
 
     Attributes:
         last_pdcr: the regularizer's last value, before its weight, without gradient; for logs.
@@ -161,7 +166,7 @@ class RegularizedLoss(_Loss):
             the segmentation loss plus the weighted regularizer, a plain tensor.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as the two raise.
+            TypeError, ValueError, RuntimeError: the segmentation loss or the regularizer raises.
         """
         regularization = _plain(self.pdcr(_plain(modules.finest(target))))
         self.last_pdcr = regularization.detach()
@@ -182,7 +187,8 @@ class UAFS(modules.UAFS):
         backend: as for `contrastseg_fast.UAFS`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: `spatial_dims` is not 2 or 3, a number of channels or classes is too small or
+            not an integer, `act` or `norm` is unknown to MONAI, or `backend` is unknown.
 
     Example:
         >>> import torch

@@ -9,7 +9,7 @@ class nnUNetTrainerPDCRStrong(nnUNetTrainerPDCR):
 
 
 class nnUNetTrainerPDCRUAFSEncoder(nnUNetTrainerPDCRUAFS):
-    """Gates in two encoder stages only, and small boxes around the centres of the receptive fields."""
+    """Gates in two encoder stages only, and small patches around the centres of the receptive fields."""
 
     uafs_layers = ("encoder.stages.2", "encoder.stages.3")
     pdcr_patch_size = 7

@@ -19,13 +19,12 @@ from contrastseg_fast import (
     _checks,
     attach_pdcr,
     insert_uafs,
-    receptive_fields,
 )
-from contrastseg_fast.attach import AttachedPDCR, find_layers
+from contrastseg_fast.attach import AttachedPDCR
+from contrastseg_fast.attach.layers import AUTO_STRIDES, select_layers
 from contrastseg_fast.functional import warmup_weight
 from contrastseg_fast.modules import finest
 
-_AUTO_STRIDES = (2, 4, 8)
 _PREFIXES = ("pdcr_", "uafs_")  # of settings
 
 
@@ -36,7 +35,8 @@ class _Configured(nnUNetTrainer):
         """Check the settings, then build the network and the loss.
 
         Raises:
-            AttributeError: what looks like a setting is none of this trainer, or cannot be set on an object.
+            AttributeError: an attribute begins with `pdcr_` or `uafs_` and is not a setting of this trainer,
+                or a `uafs_` setting is an attribute of the object, not of the class.
         """
         cls = type(self)
         known = {
@@ -68,7 +68,7 @@ class nnUNetTrainerUAFS(_Configured):
     Attributes:
         uafs_layers: names or patterns of layers, as for `insert_uafs`; `"auto"` takes every encoder and
             decoder stage.
-        uafs_options: everything else that `UAFS` takes: `hidden_channels`, `norm`, `backend`.
+        uafs_options: other arguments of `UAFS`: `hidden_channels`, `norm`, `backend`.
 
     Example:
         class nnUNetTrainerUAFSEncoder(nnUNetTrainerUAFS):
@@ -131,16 +131,16 @@ class nnUNetTrainerPDCR(_Configured):
         pdcr_warmup_epochs: epochs over which the weight rises linearly from 0.
         pdcr_layers: names or patterns of layers, as for `attach_pdcr`; `"auto"` takes the encoder stages of
             stride 2, 4 and 8 (the largest over the axes, where they differ).
-        pdcr_patch_size: extent of the boxes whose class mixtures are compared, as for `PDCRLoss`; None takes
-            the receptive fields. `"auto"` takes the receptive field of a layer where it is at most half of
-            the patch along every axis, and elsewhere 2 * stride + 1 pixels around its centre, so that
-            neighbouring boxes overlap by half; never more than the field or half of the patch.
+        pdcr_patch_size: size of the patches whose foreground ratios are compared, as for `PDCRLoss`; None
+            takes the receptive fields. `"auto"` takes the receptive field of a layer if it is at most half of
+            nnU-Net's crop along every axis. Otherwise it takes 2 * stride + 1 pixels around the centre, so
+            that neighbouring patches overlap by half, but never more than the field or half of the crop.
         pdcr_num_samples: vectors per image and layer at most; None takes all.
         pdcr_temperature, pdcr_class_distance, pdcr_variant: as for `PDCRLoss`. With region-based labels,
             which overlap, `class_distance` is always `"mean"`, over the regions.
-        pdcr_options: everything else that `PDCRLoss` takes, except a projection, whose heads would not be
-            part of the network. `skip_homogeneous` is on unless this says otherwise: most of nnU-Net's crops
-            are random, and many hold background alone.
+        pdcr_options: other arguments of `PDCRLoss`, except `projection`: prediction builds the network
+            without heads and could not load them. `skip_homogeneous` is True unless it is set here, because
+            most of nnU-Net's crops are random, and many show only background.
 
     Example:
         class nnUNetTrainerPDCRStrong(nnUNetTrainerPDCR):
@@ -165,11 +165,11 @@ class nnUNetTrainerPDCR(_Configured):
         _checks.not_negative("pdcr_weight", self.pdcr_weight)
         _checks.integer("pdcr_warmup_epochs", self.pdcr_warmup_epochs, 0)
         _check_options("pdcr_options", self.pdcr_options, PDCRLoss)
-        # The trainer taps its network; the predictor, which asks the class, gets a bare one.
-        self.__dict__["build_network_architecture"] = self._build_tapped_network
+        # PDCR is attached to the trainer's network only; the predictor builds its own from the class.
+        self.__dict__["build_network_architecture"] = self._build_network_with_pdcr
         super().initialize()
 
-    def _build_tapped_network(
+    def _build_network_with_pdcr(
         self,
         plans_manager: Any,
         configuration_manager: Any,
@@ -184,7 +184,7 @@ class nnUNetTrainerPDCR(_Configured):
             num_output_channels,
             enable_deep_supervision,
         )
-        patch = tuple(configuration_manager.patch_size)
+        crop = tuple(configuration_manager.patch_size)
         has_regions = self.label_manager.has_regions
         options: dict[str, Any] = {
             "skip_homogeneous": True,
@@ -196,26 +196,27 @@ class nnUNetTrainerPDCR(_Configured):
         }
         if options.get("projection") is not None:
             _checks.fail(
-                "pdcr_options", "no projection, as its heads are not in the network", self.pdcr_options
+                "pdcr_options",
+                "no projection, as prediction builds the network without heads",
+                self.pdcr_options,
             )
         automatic = self.pdcr_layers == "auto"
         layers = _stages(network, "pdcr_layers", "encoder") if automatic else self.pdcr_layers
-        example = torch.empty(1, num_input_channels, *patch)
-        traced = receptive_fields(network, example.shape, find_layers(network, layers, example))
+        example = torch.empty(1, num_input_channels, *crop)
+        selection = select_layers(network, layers, example)
+        found = {name: selection.runs[name].receptive_field for name in selection.names}
         fields = {
-            name: field
-            for name, field in traced.items()
-            if not automatic or max(field.stride) in _AUTO_STRIDES
+            name: field for name, field in found.items() if not automatic or max(field.stride) in AUTO_STRIDES
         }
         if not {"patch_size", "patch_sizes"} & set(options):
             size = self.pdcr_patch_size
-            options["patch_size"] = _boxes_within_half(fields, patch) if size == "auto" else size
+            options["patch_size"] = _patches_within_half(fields, crop) if size == "auto" else size
         self.pdcr = attach_pdcr(
             network, list(fields), num_output_channels, receptive_fields=fields, **options
         )
         labels = "regions" if has_regions else "classes"
         self.print_to_log_file(
-            f"PDCR of {num_output_channels} {labels} on patches of {patch} pixels: weight {self.pdcr_weight} "
+            f"PDCR of {num_output_channels} {labels} on patches of {crop} pixels: weight {self.pdcr_weight} "
             f"after {self.pdcr_warmup_epochs} epochs, {options}"
         )
         for name, field in fields.items():
@@ -318,17 +319,17 @@ def _check_options(setting: str, options: Mapping[str, Any], module: type[nn.Mod
             _checks.fail_type(setting, f"arguments of {module.__name__}", f"{name!r}; near names: {near}")
 
 
-def _boxes_within_half(
-    fields: Mapping[str, ReceptiveField], patch: Sequence[int]
+def _patches_within_half(
+    fields: Mapping[str, ReceptiveField], crop: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """The fields' sizes; 2 * stride + 1 pixels where one exceeds half of the patch along some axis."""
-    boxes: dict[str, tuple[int, ...]] = {}
+    """The sizes of the fields, or 2 * stride + 1 pixels if a field exceeds half of the crop along an axis."""
+    patches: dict[str, tuple[int, ...]] = {}
     for name, field in fields.items():
-        if all(size <= extent / 2 for size, extent in zip(field.size, patch, strict=True)):
-            boxes[name] = tuple(int(size) for size in field.size)
+        if all(size <= extent / 2 for size, extent in zip(field.size, crop, strict=True)):
+            patches[name] = tuple(int(size) for size in field.size)
         else:
-            axes = zip(field.size, field.stride, patch, strict=True)
-            boxes[name] = tuple(
+            axes = zip(field.size, field.stride, crop, strict=True)
+            patches[name] = tuple(
                 int(min(size, 2 * int(stride) + 1, max(1, extent // 2))) for size, stride, extent in axes
             )
-    return boxes
+    return patches
