@@ -910,7 +910,7 @@ def test_receptive_fields_by_hand() -> None:
     with pytest.raises(ValueError, match=r"receptive_fields: expected some of the layers \['out'\]"):
         attach_pdcr(model, "out", 3, receptive_fields={"conv": field})
     options = {"example_input": torch.zeros(1, 1, 96, 96), "projection": "mlp"}
-    with pytest.raises(ValueError, match=r"layers: expected names of layers .* got 'cnov'"):
+    with pytest.raises(ValueError, match=r"receptive_fields: expected layers of the model, got \['cnov'\]"):
         attach_pdcr(Net(), "auto", 3, receptive_fields={"cnov": field}, **options)
     added = attach_pdcr(Net(), "auto", 3, receptive_fields={"up": field}, **options)
     assert added.loss.in_channels == {"up": 6, "down": 6, "deep": 8}

@@ -77,7 +77,7 @@ def select_encoder_layers(model: nn.Module, example: Tensor, also: Sequence[str]
     """What `"auto"` chooses for PDCR: one encoder layer for each stride, where there is one.
 
     The receptive field of a chosen layer has at least 5 pixels along some axis, and at most half of the image
-    along every axis. The runs include the layers named in `also`.
+    along every axis. The runs include the layers named in `also`, which must run.
     """
     runs = _trace_all(model, example, also)
     by_stride: list[tuple[int, _Candidate]] = []
@@ -117,7 +117,7 @@ def trace(
 
 
 def _trace_all(model: nn.Module, example: Tensor, also: Sequence[str] = ()) -> dict[str, LayerRun]:
-    """The runs of all layers, each under its first name, and of the layers named in `also`."""
+    """The runs of all layers, each under its first name, and of those named in `also`, which must run."""
     return trace(model, example, [*(name for name, _ in model.named_modules()), *also], required=also)
 
 

@@ -98,7 +98,10 @@ def attach_pdcr(
     given = dict(receptive_fields or {})
     runs: dict[str, LayerRun] = {}
     if layers == "auto":
-        chosen, runs = select_encoder_layers(model, check_example(example_input), also=list(given))
+        if unknown := set(given) - {name for name, _ in model.named_modules(remove_duplicate=False)}:
+            _checks.fail("receptive_fields", "layers of the model", sorted(unknown))
+        also = list(given) if needs_channels else []
+        chosen, runs = select_encoder_layers(model, check_example(example_input), also)
         names = list(dict.fromkeys([*given, *chosen]))
     elif given:
         names = find_layers(model, layers)
