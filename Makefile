@@ -9,7 +9,7 @@ VERSION := newest
 override VERSION := $(or $(VERSION),newest)
 TORCH := .venv-torch-$(VERSION)
 TORCH_READY := $(TORCH)/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+SOURCES := $(shell find csrc -type f)
 INSTALLED := pyproject.toml setup.py $(SOURCES) $(shell find contrastseg_fast -name "*.py")
 
 .PHONY: setup demo test aot test-torch test-integrations bench bench-networks gpu-check lint clean

@@ -27,8 +27,8 @@ REQUIRED = os.environ.get("CONTRASTSEG_FAST_REQUIRE_EXTENSION") == "1"
 FORCE_CUDA = os.environ.get("FORCE_CUDA")
 
 
-def _sources(*folders: str) -> list[str]:
-    return [str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))]
+def _sources(*patterns: str) -> list[str]:
+    return [str(path) for pattern in patterns for path in sorted(Path("csrc").glob(pattern))]
 
 
 def _extension(name: str, sources: list[str], compile_args: list[str], **arguments) -> Extension:
@@ -47,7 +47,7 @@ def _extension(name: str, sources: list[str], compile_args: list[str], **argumen
 
 def _cpu_extension() -> Extension:
     unobserved = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
-    return _extension("_C", _sources("csrc", "csrc/cpu"), unobserved)
+    return _extension("_C", _sources("*.cpp", "cpu/**/*.cpp"), unobserved)
 
 
 def _find_nvcc() -> str | None:
@@ -72,7 +72,7 @@ def _cuda_library_folder(nvcc: str) -> str:
 def _cuda_extension(nvcc: str) -> Extension:
     return _extension(
         "_C_cuda",
-        _sources("csrc/cuda"),
+        _sources("cuda/*.cpp"),
         [],
         library_dirs=[_cuda_library_folder(nvcc)],
         libraries=["cudart_static", "rt", "dl", "pthread"],

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.masks import mask_ratios
 from benchmarks.operation import OURS, Implementation, Inputs, Operation, Result, Run, Unavailable, Work
 from contrastseg_fast import functional, reference
+from contrastseg_fast.affinity import make_affinity
 from contrastseg_fast.ops import pdcr as op
 
 TEMPERATURE = 0.5
@@ -148,7 +149,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, ratios: Tensor) -> Tensor:
-        ctx.options = (None, TEMPERATURE, 1 / ratios.shape[-1], False, 1.0, -1.0, 0.0, 1.0, 0.0)
+        affinity = make_affinity(
+            "ratio",
+            num_classes=ratios.shape[-1],
+            temperature=TEMPERATURE,
+            class_distance="mean",
+            include_background=True,
+            variant="paper",
+        )
+        ctx.options = (None, [*affinity])
         loss, log_z = op._forward(vectors, ratios, *ctx.options)
         ctx.save_for_backward(log_z, vectors, ratios)
         return loss

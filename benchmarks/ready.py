@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def missing(device: str) -> dict[str, str]:
     """The backends that cannot run, and why."""
-    reasons = {"cpu": _backend._CPU_ERROR}
+    reasons = {"cpu": _backend.cpu_error()}
     if device == "cuda":
         card = torch.device("cuda", torch.cuda.current_device())
         reasons |= {name: _backend.unavailable(name, card) for name in ("triton", "cuda")}

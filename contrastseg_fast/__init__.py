@@ -9,8 +9,9 @@ names in plain PyTorch, to be read against the paper.
 """
 
 from contrastseg_fast.attach import attach_pdcr, insert_uafs, remove_uafs
-from contrastseg_fast.modules import UAFS, PDCRLoss
+from contrastseg_fast.pdcr_loss import PDCRLoss
 from contrastseg_fast.receptive_field import ReceptiveField, receptive_fields
+from contrastseg_fast.uafs import UAFS
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,4 @@
-"""Which implementations of an op can run here, and why the others cannot."""
+"""Which backends can run here, and why the others cannot. What a call takes is picked in ops/_dispatch.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import warnings
 
 import torch
 
@@ -26,6 +25,11 @@ except ImportError as error:
 def has_cpu_extension() -> bool:
     """Whether the C++ kernels are installed."""
     return _CPU_ERROR is None
+
+
+def cpu_error() -> str | None:
+    """Why the C++ kernels are not installed, or None."""
+    return _CPU_ERROR
 
 
 def interpreting() -> bool:
@@ -74,52 +78,11 @@ def card_error(index: int) -> str | None:
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why the `"triton"` or `"cuda"` kernels cannot run on a CUDA device, or None if they can."""
+    """Why the `"triton"` or `"cuda"` kernels cannot run on a CUDA device, or None if they can.
+
+    Interpreted Triton kernels run on the CPU.
+    """
     missing = _TRITON_ERROR if backend == "triton" else _CUDA_LIBRARY_ERROR
-    if missing is not None:
+    if missing is not None or device.type == "cpu":
         return missing
     return card_error(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Tell the user, the first time only."""
-    warnings.warn(f"contrastseg_fast: {message}", RuntimeWarning, stacklevel=2)
-
-
-def has_triton(otherwise: str, device: torch.device) -> bool:
-    """Whether Triton kernels can run on a CUDA device; says once what happens `otherwise`, and why."""
-    reason = unavailable("triton", device)
-    if reason is not None:
-        warn_once(f"{otherwise}: {reason}")
-    return reason is None
-
-
-def check(op: str, backend: str, device: torch.device, kernels: tuple[str, ...] = ("cpu", "triton")) -> None:
-    """Raise unless `backend` can run `op` on tensors of `device`; `"auto"` always can.
-
-    Args:
-        kernels: the backends that `op` has kernels for, besides the reference.
-
-    Raises:
-        ValueError: `backend` is unknown, does not have this op, or does not serve `device`.
-        RuntimeError: `backend` serves `device` but is not installed, or the card is too old.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    if backend in ("auto", "reference"):
-        return
-    kind = "cpu" if backend == "cpu" else "cuda"
-    if device.type != kind:
-        expected = f"expects {kind.upper()} tensors, got {device.type} tensors"
-        raise ValueError(f"backend: {op} with backend={backend!r} {expected}")
-    if backend not in kernels:
-        raise ValueError(f"backend: {op} expects one of {('auto', 'reference', *kernels)}, got {backend!r}")
-    if backend == "cpu":
-        if _CPU_ERROR is not None:
-            raise RuntimeError(
-                f"backend: {op} with backend='cpu' needs the C++ extension, which is not installed "
-                f"({_CPU_ERROR}); reinstall with a C++ compiler, or use backend='auto'"
-            )
-    elif (reason := unavailable(backend, device)) is not None:
-        raise RuntimeError(f"backend: {op} with backend={backend!r} cannot run: {reason}; use backend='auto'")

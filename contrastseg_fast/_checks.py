@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,16 +26,27 @@ def fail_type(name: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"{name}: expected {expected}, got {got}")
 
 
+_PACKAGE = str(Path(__file__).parent)
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of the innermost code outside the package, for a warning two calls below it."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def warn(message: str) -> None:
-    """Warn of arguments that are allowed and have no effect, or a bad one; silent while compiling."""
+    """Warn of arguments that are allowed and have no effect; silent while compiling."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"contrastseg_fast: {message}", UserWarning, stacklevel=3)
+        warnings.warn(f"contrastseg_fast: {message}", UserWarning, stacklevel=_level_of_caller())
 
 
 @functools.cache
 def warn_once(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn the first time only."""
-    warnings.warn(f"contrastseg_fast: {message}", category, stacklevel=3)
+    warnings.warn(f"contrastseg_fast: {message}", category, stacklevel=_level_of_caller())
 
 
 def one_of(name: str, value: Any, options: Sequence[str]) -> None:
@@ -70,6 +83,12 @@ def optional_integer(name: str, value: Any) -> None:
     """Check None or a Python integer."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         fail_type(name, "an integer or None", type(value).__name__)
+
+
+def boolean(name: str, value: Any) -> None:
+    """Check True or False."""
+    if not isinstance(value, bool):
+        fail_type(name, "a bool", type(value).__name__)
 
 
 def fraction(name: str, value: Any) -> None:

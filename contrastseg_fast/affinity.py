@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastseg_fast import _checks
+from contrastseg_fast import _checks, equations
 
 CLASS_DISTANCES = ("mean", "sum", "tv")
 VARIANTS = ("paper", "released")
@@ -56,6 +56,16 @@ class Affinity(NamedTuple):
         """The weights w and wbar of pairs at the given distances."""
         return self.num_bias + self.num_slope * distance, self.den_bias + self.den_slope * distance
 
+    def matrices(self, vectors: Tensor, compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s, w and wbar of all pairs, each `(B, N, N)`, as the functions of `equations` take them."""
+        s = equations.cosine_similarity(equations.upcast(vectors))
+        compared = compared.to(s.dtype)
+        if self.categorical:
+            distance = equations.category_distance(compared)
+        else:
+            distance = equations.class_distance(compared, self.distance_scale)
+        return s - self.shift, *self.weights(distance)
+
 
 class _Entry(NamedTuple):
     """One affinity by its word: the weights as (bias, slope) in d, and what a categorical one compares."""
@@ -63,6 +73,7 @@ class _Entry(NamedTuple):
     numerator: tuple[float, float]
     denominator: tuple[float, float]
     categories: Callable[[Tensor], Tensor] | None = None  # ratios (B, N, M) to categories (B, N, 1)
+    at_centre: bool = False  # whether modules count the pixel at the centre of the patch alone
 
 
 def _own_category(ratios: Tensor) -> Tensor:
@@ -80,9 +91,20 @@ _ENTRIES = {
     "ratio": _Entry((1.0, -1.0), (0.0, 1.0)),
     "constant": _Entry((0.5, 0.0), (0.5, 0.0)),
     "diagonal": _Entry((1.0, -1.0), (0.0, 1.0), _own_category),
-    "bipartite": _Entry((1.0, -1.0), (0.0, 1.0), _largest_class),
+    "bipartite": _Entry((1.0, -1.0), (0.0, 1.0), _largest_class, at_centre=True),
 }
 AFFINITIES = tuple(_ENTRIES)
+
+
+def compares_ratios(affinity: str) -> bool:
+    """Whether the ratios' distance matters, and with it `class_distance` and `include_background`."""
+    entry = _ENTRIES[affinity]
+    return entry.categories is None and (entry.numerator[1], entry.denominator[1]) != (0, 0)
+
+
+def is_at_centre(affinity: str) -> bool:
+    """Whether modules count the pixel at the centre of the patch alone."""
+    return _ENTRIES[affinity].at_centre
 
 
 def make_affinity(
@@ -95,7 +117,7 @@ def make_affinity(
     variant: str,
 ) -> Affinity:
     """The tuple for the public words of `pdcr_loss`; `num_classes` is M, the number of ratios per vector."""
-    num, den, categories = _ENTRIES[affinity]
+    num, den, categories, _ = _ENTRIES[affinity]
     if variant == "released":
         num, den = den, num
     num_compared = num_classes if include_background else num_classes - 1
@@ -112,7 +134,7 @@ def make_affinity(
     )
 
 
-def compared(ratios: Tensor, affinity: str, include_background: bool) -> Tensor:
+def select_compared(ratios: Tensor, affinity: str, include_background: bool) -> Tensor:
     """What the distance d compares: categories `(B, N, 1)`, or the ratios of the classes that count."""
     categories = _ENTRIES[affinity].categories
     if categories is not None:
@@ -126,16 +148,15 @@ def check_words(
     """Check the public words, and warn of those that have no effect.
 
     Raises:
-        TypeError: `temperature` is not a number.
+        TypeError: `temperature` is not a number, or `include_background` not a bool.
         ValueError: `temperature` is not positive and finite, or a word is unknown.
     """
     _checks.positive_finite("temperature", temperature)
     _checks.one_of("affinity", affinity, AFFINITIES)
     _checks.one_of("class_distance", class_distance, CLASS_DISTANCES)
     _checks.one_of("variant", variant, VARIANTS)
-    entry = _ENTRIES[affinity]
-    uses_distance = entry.categories is None and (entry.numerator[1], entry.denominator[1]) != (0, 0)
-    if not uses_distance and (class_distance != "mean" or not include_background):
+    _checks.boolean("include_background", include_background)
+    if not compares_ratios(affinity) and (class_distance != "mean" or not include_background):
         _checks.warn(
             f"class_distance={class_distance!r} and include_background={include_background} have no effect "
             f"with affinity={affinity!r}, which does not compare ratios"

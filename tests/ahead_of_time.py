@@ -1,4 +1,4 @@
-"""Compiles what `dry_jit.py` recorded, for cards that are not there, and reads what came out."""
+"""Compiles what `dry_jit.py` recorded, for cards that this machine does not need, and reads the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HERE = Path(__file__).parent
 
 
 class Compiled(NamedTuple):
-    """What became of a variant: why it does not compile, or what it takes of the card."""
+    """The result for one variant: why it does not compile, or what it takes of the card."""
 
     error: str = ""
     registers: int = 0
@@ -32,15 +32,15 @@ class Compiled(NamedTuple):
     local: int = 0
     shared: int = 0
     tensor_memory: int = 0  # columns
-    instructions: dict[str, int] = {}  # noqa: RUF012  how often each stands in the code, if it was read
+    instructions: dict[str, int] = {}  # noqa: RUF012  the number of each in the code, if it was read
 
     def count(self, pattern: str) -> int:
-        """Instructions whose mnemonic matches from its beginning."""
+        """The number of instructions whose mnemonic begins with a match."""
         return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
 
 
 def record(capability: int, sources: Iterable[str]) -> Recording:
-    """What these sources launch (`dry_jit.py` says which there are), found by a process of its own."""
+    """What these sources launch (`dry_jit.py` lists them), recorded in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "recording"
         command = [sys.executable, "-O", str(_HERE / "dry_jit.py"), str(capability), str(out), *sources]
@@ -51,7 +51,7 @@ def record(capability: int, sources: Iterable[str]) -> Recording:
 def compile_all(
     capability: int, variants: Iterable[Variant], disassembled: Collection[str]
 ) -> dict[Variant, Compiled]:
-    """Compile for a card, in as many processes as there are cores, and read the code of some kernels."""
+    """Compile for a card, with one process per core, and read the code of some kernels."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, out = Path(folder) / "variants", Path(folder) / "compiled"
         wanted.write_bytes(pickle.dumps(list(variants)))

@@ -4,15 +4,15 @@
 
 runs calls of the package on CPU tensors through the code that serves CUDA tensors. Every Triton launch is
 bound and specialised as on a card of that compute capability (divisibility by 16, equality to 1, dtypes,
-options), and then left out, so results are whatever memory held: only launches mean anything here. OUT is a
-pickled `Recording`. SOURCE is one of
+options), but nothing is launched. Results are uninitialised memory; only the recorded launches have a
+meaning. OUT is a pickled `Recording`. SOURCE is one of
 
     tables       calls that take every entry of the launch tables of that card
     tests        the calls of tests/gpu at the sizes of a GPU
     benchmarks   the calls of the GPU cases of benchmarks/registry.py
     counts       `CALLS`, whose launches are counted
 
-`-O` keeps assertions about results from ending a test before its last call. `ahead_of_time.py` compiles.
+With `-O`, assertions about results do not end a test before its last call. `ahead_of_time.py` compiles.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SOURCES = ("tables", "tests", "benchmarks", "counts")
 _ROOT = Path(__file__).resolve().parent.parent
-_ON_CUDA = {  # the functions that serve CUDA tensors, by file of ops/ and operator
-    "pdcr": {"pdcr_forward": "_forward_cuda", "pdcr_backward": "_backward_cuda"},
-    "foreground_ratio": {"foreground_ratio": "_foreground_ratio_cuda"},
-    "gather": {"gather_vectors": "_gather_cuda", "gather_vectors_backward": "_backward_cuda"},
-    "entropy_gate": {"entropy_gate_forward": "_forward_triton", "entropy_gate_backward": "_backward_triton"},
+_OPERATORS = {  # with Triton kernels, by file of ops/; `<operator>_on_cuda` there serves CUDA tensors
+    "pdcr": ("pdcr_forward", "pdcr_backward"),
+    "foreground_ratio": ("foreground_ratio",),
+    "gather": ("gather_vectors", "gather_vectors_backward"),
+    "entropy_gate": ("entropy_gate_forward", "entropy_gate_backward"),
 }
 
 
 def serve_cpu_tensors() -> None:
-    """Let CPU tensors take the way of CUDA tensors to the Triton kernels, for the rest of this process."""
-    from contrastseg_fast import _backend
+    """Send CPU tensors to the Triton kernels as if they were CUDA tensors, for the rest of this process."""
+    from contrastseg_fast import _backend, _checks
 
-    _backend.unavailable = lambda _backend, _device: None
+    _backend.unavailable = lambda backend, _device: None if backend == "triton" else "only Triton is tried"
+    _checks.warn_once = lambda *_: None
     _LIBRARIES.append(library := torch.library.Library("contrastseg_fast", "IMPL"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -59,10 +60,10 @@ def serve_cpu_tensors() -> None:
 
 def _on_cuda() -> Iterator[tuple[str, Callable[..., Any]]]:
     """The operators, and the functions that serve CUDA tensors."""
-    for module, operators in _ON_CUDA.items():
-        op = importlib.import_module(f"contrastseg_fast.ops.{module}")
-        for operator, function in operators.items():
-            yield operator, getattr(op, function)
+    for file, operators in _OPERATORS.items():
+        module = importlib.import_module(f"contrastseg_fast.ops.{file}")
+        for operator in operators:
+            yield operator, getattr(module, f"{operator}_on_cuda")
 
 
 _LIBRARIES: list[torch.library.Library] = []  # registrations end with their library
@@ -98,7 +99,7 @@ class Variant(NamedTuple):
         return self._replace(signature=tuple(bf16))
 
     def describe(self) -> str:
-        """In words, for a test that fails."""
+        """The variant in words, for the message of a failing test."""
         names = [argument for argument, _ in self.signature]
         constants = ", ".join(f"{names[path[0]]}={value}" for path, value in self.constants)
         types = ", ".join(f"{name}: {kind}" for name, kind in self.signature if kind != "constexpr")
@@ -114,7 +115,7 @@ class Call(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Launches of one call, forward and backward."""
+    """The launches of one call, forward and backward."""
 
     triton: dict[str, int]  # by kernel
     aten: dict[str, int]  # by operator; a call that launches several kernels counts once
@@ -129,7 +130,7 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """Stands in for the driver of a card that is not here, and for what launches on it."""
+    """Replaces the driver of a card, and records what is launched on it."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -143,7 +144,7 @@ class Recorder:
         return Recording(self.variants, self.counts, self.refused)
 
     def install(self) -> None:
-        """Let CPU tensors take the way of CUDA tensors, for the rest of this process."""
+        """Record what CPU tensors would launch as CUDA tensors, for the rest of this process."""
         from triton.runtime import jit
         from triton.runtime.driver import driver
 
@@ -180,14 +181,16 @@ class Recorder:
                 self.refused.append(f"{self.call.name}: {kernel} with grid {grid}")
 
     def _skip_what_needs_a_card(self) -> None:
-        from contrastseg_fast import functional
-        from contrastseg_fast.kernels import _common, pdcr
+        from contrastseg_fast import functional, sampling
+        from contrastseg_fast.kernels import _common
+        from contrastseg_fast.kernels.pdcr import plan, slabs
 
         _common.capability = lambda _tensor: self.capability
-        _common.processors = pdcr.processors = lambda _tensor: PROCESSORS[self.capability]
-        pdcr._product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
-        pdcr._add_product = lambda total, a, b: None
+        _common.processors = plan.processors = lambda _tensor: PROCESSORS[self.capability]
+        slabs.product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
+        slabs.add_product = lambda total, a, b: None
         functional._check_ratio_range = lambda *_: None  # only those of CPU tensors are checked
+        sampling._is_kept = lambda *_: False  # nor are places kept on a card
 
 
 def _driver(capability: int) -> Any:
@@ -195,7 +198,7 @@ def _driver(capability: int) -> Any:
     from triton.backends.nvidia.driver import ty_to_cpp
 
     class Driver:
-        """As much of Triton's driver as binding arguments takes."""
+        """The part of Triton's driver that binding arguments needs."""
 
         def get_current_device(self) -> int:
             return 0
@@ -216,7 +219,7 @@ def _driver(capability: int) -> Any:
 
 
 class CountATen(TorchDispatchMode):
-    """Counts the ATen calls that would launch something on a GPU: no views, and no allocations."""
+    """Counts the ATen calls that would launch something on a GPU: not views, not allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +247,7 @@ def _numel(result: Any) -> int:
 
 
 class _CheapRandom(TorchFunctionMode):
-    """Gives constants where random numbers are asked for: drawing gigabytes takes longer than all else."""
+    """Gives constants in place of random numbers: drawing gigabytes takes longer than all else."""
 
     _VALUES = {torch.randn: 0.0, torch.rand: 0.5, torch.randint: 0}  # noqa: RUF012
 
@@ -264,7 +267,7 @@ class _CheapRandom(TorchFunctionMode):
 
 
 def _run_tests(recorder: Recorder) -> None:
-    """The calls of tests/gpu. The reference is replaced by zeros, and so nothing that is asserted holds."""
+    """The calls of tests/gpu. Zeros replace the reference, so the assertions do not hold."""
     import pytest
 
     class Calls:
@@ -296,7 +299,7 @@ def _run_tests(recorder: Recorder) -> None:
 
 
 def _replace_references() -> None:
-    """Zeros of the right shapes for what the tests compare with, which takes long and launches nothing."""
+    """Zeros in place of what the tests compare with, which takes long and launches nothing."""
     from gpu import oracle
 
     from contrastseg_fast import reference
@@ -341,10 +344,10 @@ def _run_benchmarks(recorder: Recorder) -> None:
 
 
 def _run_tables(recorder: Recorder) -> None:
-    """Every width of the tables, in the mode that takes the fewest registers and in others."""
+    """Every width of the tables, in the mode that takes the fewest registers and in other modes."""
     from contrastseg_fast.functional import pdcr_loss
     from contrastseg_fast.kernels._common import sm_table
-    from contrastseg_fast.kernels.pdcr import BACKWARD, FORWARD
+    from contrastseg_fast.kernels.pdcr.plan import BACKWARD, FORWARD
 
     widths = {width for table in (FORWARD, BACKWARD) for by_width in sm_table(table, torch.empty(0)).values()
               for width in by_width}  # fmt: skip
@@ -388,7 +391,7 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
 def _run_counts(recorder: Recorder) -> None:
     from contrastseg_fast import functional
 
-    functional._check_label_range = lambda *_: None  # only those of CPU tensors are checked
+    functional.check_label_range = lambda *_: None  # only those of CPU tensors are checked
     for name, prepare in CALLS.items():
         call = prepare()
         call()  # what is made once is made here

@@ -1,7 +1,7 @@
-"""What the package launches on a GPU, compiled for cards that need not be there, and counted.
+"""What the package launches on a GPU, compiled for cards that this machine does not need, and counted.
 
-`make test` compiles the launch tables for all cards and the calls for sm_90; of kernels that are the same in
-fp16 and bf16 but for that, only those in bf16. `make aot` compiles everything for all cards.
+`make test` compiles the launch tables for all cards and the calls for sm_90. Of kernels that differ only in
+fp16 and bf16, it compiles those in bf16. `make aot` compiles everything for all cards.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ triton = pytest.importorskip("triton")
 EVERYTHING = os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
 KERNELS = (
     *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
-    *("pdcr_fwd_panel_kernel", "pdcr_pairs_kernel"),
+    *("pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"),
     *("gather_kernel", "locate_kernel", "gather_bwd_kernel"),
-    *("box_ratio_kernel", "running_sum_kernel", "fixed_point_kernel"),
+    *("patch_ratio_kernel", "running_sum_kernel", "fixed_point_kernel"),
     *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
 )
 FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel")
-READ = (*FUSED, "pdcr_fwd_panel_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel")
+READ = (*FUSED, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
 # stored and loaded once, and allowing the first two 128 registers removes the stack.
 STACKS = {
-    "box_ratio_kernel": 40,
+    "patch_ratio_kernel": 40,
     "gather_bwd_kernel": 8,
     "pdcr_rows_kernel": 8,
     "pdcr_loss_kernel": 8,
-    "pdcr_fwd_panel_kernel": 16,  # of five classes, fp32
+    "pdcr_fwd_slab_kernel": 16,  # of five classes, fp32
 }
 STACKS_OF_CARDS = {(100, "pdcr_bwd_kernel"): 16}  # of four classes and 256 channels
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    # Triton 3.6 spills where 3.9 does not: a few panels of fp32, and tiles of 128 x 128 on sm_100.
+    # Triton 3.6 spills where 3.9 does not: a few slabs of fp32, and tiles of 128 x 128 on sm_100.
     STACKS |= {"pdcr_pairs_kernel": 8}
     STACKS_OF_CARDS |= {(100, "pdcr_fwd_kernel"): 120}
 # Asynchronous copies to shared memory, 16 bytes each.
@@ -49,7 +49,7 @@ LAUNCHES = {
     "pdcr_loss, N=1024, C=256, bf16": (6, 13),
     "pdcr_loss, N=16384, C=256, bf16": (6, 13),
     "pdcr_loss, N=1024, C=256, fp32": (6, 14),
-    "PDCRLoss, three layers, B=8, N=1024": (32, 115),
+    "PDCRLoss, three layers, B=8, N=1024": (32, 106),
 }
 
 
@@ -60,7 +60,7 @@ def all_calls(capability: int) -> bool:
 
 @functools.cache
 def recordings() -> dict[int, Future[Recording]]:
-    """Of every card, made at the same time: one process records, while others compile what is recorded."""
+    """The recording of every card; all are made at the same time, while others are compiled."""
     pool = ThreadPoolExecutor(len(ahead_of_time.CAPABILITIES))
     return {
         capability: pool.submit(
@@ -93,7 +93,7 @@ def variants(capability: int, kernel: str) -> dict[Variant, ahead_of_time.Compil
 
 
 def assert_none(failed: list[tuple[Variant, str]], capability: int) -> None:
-    """Tell of every variant that failed, and of the call that launches it."""
+    """Name every variant that failed, and the call that launches it."""
     calls = recorded(capability).variants
     lines = [f"{why}: {variant.describe()}\n    launched by {calls[variant].name}" for variant, why in failed]
     assert not failed, "\n".join(lines)
@@ -102,7 +102,7 @@ def assert_none(failed: list[tuple[Variant, str]], capability: int) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_launch_compiles_and_fits_the_card(capability: int, kernel: str) -> None:
-    """Also without a stack, but for `STACKS`: what spills is slow, and nothing else needs one."""
+    """Registers that spill are slow, so only the kernels in `STACKS` may have a stack."""
     found = variants(capability, kernel)
     assert found, "nothing launches it"
     failed = []
@@ -131,7 +131,7 @@ def test_no_grid_is_too_large(capability: int) -> None:
 @pytest.mark.parametrize("kernel", FUSED)
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_fused_kernels_multiply_on_tensor_cores_and_copy_ahead(capability: int, kernel: str) -> None:
-    """Rows arrive by asynchronous copies of 16 bytes, while tiles before them are multiplied."""
+    """Rows arrive by asynchronous copies of 16 bytes, while earlier tiles are multiplied."""
     failed = []
     for variant, result in variants(capability, kernel).items():
         if not result.count(MATRIX_INSTRUCTION[capability]):
@@ -143,9 +143,9 @@ def test_fused_kernels_multiply_on_tensor_cores_and_copy_ahead(capability: int, 
     assert_none(failed, capability)
 
 
-@pytest.mark.parametrize("kernel", ["pdcr_fwd_panel_kernel", "pdcr_pairs_kernel"])
+@pytest.mark.parametrize("kernel", ["pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"])
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
-def test_panels_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> None:
+def test_slabs_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> None:
     failed = [
         (variant, "no loads of 16 bytes")
         for variant, result in variants(capability, kernel).items()
@@ -156,7 +156,7 @@ def test_panels_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> N
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_vectors_are_read_in_words_where_their_strides_allow(capability: int) -> None:
-    """Of dense vectors whose channels are a multiple of 16, as everyday ones are."""
+    """For dense vectors whose number of channels is a multiple of 16."""
     failed, checked = [], 0
     for variant, result in variants(capability, "pdcr_rows_kernel").items():
         aligned = map(variant.is_divisible, ("channels", "vectors_stride_b", "vectors_stride_n"))
@@ -170,11 +170,12 @@ def test_vectors_are_read_in_words_where_their_strides_allow(capability: int) ->
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_entry_of_the_launch_tables_is_compiled(capability: int) -> None:
-    from contrastseg_fast.kernels import pdcr
+    from contrastseg_fast.kernels._tuning import Launch
+    from contrastseg_fast.kernels.pdcr import plan
 
-    for table, kernel in ((pdcr.FORWARD, "pdcr_fwd_kernel"), (pdcr.BACKWARD, "pdcr_bwd_kernel")):
+    for table, kernel in ((plan.FORWARD, "pdcr_fwd_kernel"), (plan.BACKWARD, "pdcr_bwd_kernel")):
         launched = {
-            pdcr.Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
+            Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
                         *(each.option(name) for name in ("num_warps", "num_stages")))
             for each in variants(capability, kernel)
         }  # fmt: skip

@@ -778,7 +778,7 @@ def test_the_repelled_fraction_is_that_of_the_latest_pass() -> None:
         pdcr.loss.sample(f, name) for name, f in zip(["stem", "down"], stem_and_down(model, x), strict=True)
     ]
     for k, sample in enumerate(samples):
-        box = pdcr.loss.boxes[sample.layer]
+        box = pdcr.loss.patches[sample.layer]
         ratios, _ = foreground_ratio(y, box.starts(sample.indices), [int(n) for n in box.size], 3)
         expected = repelled_fraction(sample.vectors, ratios, class_distance="tv")
         torch.testing.assert_close(fractions[:, k], expected)

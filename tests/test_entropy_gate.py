@@ -14,7 +14,6 @@ from torch import Tensor
 
 from contrastseg_fast import _backend, reference
 from contrastseg_fast.ops import entropy_gate as op
-from contrastseg_fast.ops.entropy_gate import entropy_gate_backward, entropy_gate_forward
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {
@@ -30,6 +29,15 @@ SHAPES = {
 needs_extension = pytest.mark.skipif(
     not _backend.has_cpu_extension(), reason="the C++ extension is not installed"
 )
+
+
+def entropy_gate_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As dispatched: C++ where installed."""
+    return op.entropy_gate_forward(features, logits, "auto")
+
+
+def entropy_gate_backward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    return op.entropy_gate_backward(*inputs, "auto")
 
 
 @pytest.fixture(params=["op", "default"])
@@ -313,10 +321,12 @@ def test_opcheck(layout, dtype: torch.dtype) -> None:
     features, logits, grad_gated, grad_uncertainty = (
         layout(x) for x in make_inputs((2, 5, 4, 3), dtype=dtype)
     )
-    torch.library.opcheck(entropy_gate_forward, (features.requires_grad_(), logits.requires_grad_()))
+    inputs = (features.requires_grad_(), logits.requires_grad_(), "auto")
+    torch.library.opcheck(op.entropy_gate_forward, inputs)
     for grads in ((grad_gated, grad_uncertainty), (grad_gated, None), (None, grad_uncertainty)):
-        torch.library.opcheck(entropy_gate_backward, (*grads, features.detach(), logits.detach()))
-    torch.library.opcheck(entropy_gate_forward, (features.mT.contiguous().mT.detach(), logits.detach()))
+        torch.library.opcheck(op.entropy_gate_backward, (*grads, features.detach(), logits.detach(), "auto"))
+    strided = features.mT.contiguous().mT.detach()
+    torch.library.opcheck(op.entropy_gate_forward, (strided, logits.detach(), "auto"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

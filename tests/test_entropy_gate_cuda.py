@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from test_entropy_gate import (
     make_inputs,
     strided,
 )
+from torch import Tensor
 
 from contrastseg_fast import _backend
 from contrastseg_fast.functional import entropy_gate
@@ -36,7 +38,17 @@ from contrastseg_fast.ops import entropy_gate as op
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
-CUDA = (op.entropy_gate_forward_cuda, op.entropy_gate_backward_cuda)
+
+
+def forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return op.entropy_gate_forward_on_cuda(features, logits, "cuda")
+
+
+def backward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    return op.entropy_gate_backward_on_cuda(*inputs, "cuda")
+
+
+CUDA = (forward, backward)
 LAYOUTS = [torch.clone, channels_last]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
@@ -74,10 +86,21 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture
-def emulation(emulated_library: ctypes.CDLL) -> Emulation:
+def emulation(emulated_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulation:
+    monkeypatch.setattr(_backend, "unavailable", lambda *_: None)
     emulation = Emulation(emulated_library)
     emulation.set_processors(4)
     return emulation
+
+
+@pytest.fixture
+def operators(emulation: Emulation) -> Iterator[None]:
+    """Let the operators take the emulated kernels."""
+    library = torch.library.Library("contrastseg_fast", "IMPL")
+    library.impl("entropy_gate_forward", op.entropy_gate_forward_on_cuda, "CPU", allow_override=True)
+    library.impl("entropy_gate_backward", op.entropy_gate_backward_on_cuda, "CPU", allow_override=True)
+    yield
+    library._destroy()
 
 
 @pytest.fixture(params=[0, 4, 1000], ids=["largest tiles", "tiles", "smallest tiles"])
@@ -192,22 +215,25 @@ def test_nothing_to_gate(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(a, e.float())
 
 
-@pytest.mark.usefixtures("emulation")
+@pytest.mark.usefixtures("operators")
 def test_gradients_flow_and_second_derivatives_raise() -> None:
     features, logits, _, _ = (x.requires_grad_() for x in make_inputs((1, 3, 2, 4), dtype=torch.float64))
-    assert torch.autograd.gradcheck(CUDA[0], (features, logits))
-    gated, _ = CUDA[0](features, logits)
+    assert torch.autograd.gradcheck(op.entropy_gate_forward, (features, logits, "cuda"))
+    gated, _ = op.entropy_gate_forward(features, logits, "cuda")
     (grad,) = torch.autograd.grad(gated.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         grad.sum().backward()
 
 
-@pytest.mark.usefixtures("emulation")
+@pytest.mark.usefixtures("operators")
 def test_opcheck() -> None:
     torch.use_deterministic_algorithms(False)  # opcheck compares runs, poisoned memory has no part in it
     features, logits, grad_gated, grad_uncertainty = make_inputs((2, 5, 4, 3))
-    torch.library.opcheck(CUDA[0], (features.requires_grad_(), logits.requires_grad_()))
-    torch.library.opcheck(CUDA[1], (grad_gated, grad_uncertainty, features.detach(), logits.detach()))
+    torch.library.opcheck(
+        op.entropy_gate_forward, (features.requires_grad_(), logits.requires_grad_(), "cuda")
+    )
+    inputs = (grad_gated, grad_uncertainty, features.detach(), logits.detach(), "cuda")
+    torch.library.opcheck(op.entropy_gate_backward, inputs)
 
 
 @pytest.mark.usefixtures("emulation")
@@ -241,8 +267,9 @@ def test_cpu_tensors_are_refused() -> None:
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "unavailable", lambda *_: "made up")
-    with pytest.raises(RuntimeError, match="the CUDA kernels cannot run: made up"):
-        op._cuda_kernels(torch.device("cuda", 0))
+    features, logits, _, _ = make_inputs((1, 5, 6, 7))
+    with pytest.raises(RuntimeError, match="with backend='cuda' cannot run: made up"):
+        op.entropy_gate_forward_on_cuda(features, logits, "cuda")
 
 
 def cuda_source(folder: Path) -> Path:
@@ -311,6 +338,8 @@ def test_ahead_of_time_library_links_only_what_every_torch_has(compiled: Path) -
 def test_ahead_of_time_library_loads_where_torch_is_built_with_cuda_and_only_there(compiled: Path) -> None:
     script = f"""
 import importlib.util, sys, torch, contrastseg_fast
+from torch import Tensor
+
 from contrastseg_fast import _backend
 if not torch.cuda.is_available():
     assert _backend._CUDA_LIBRARY_ERROR == "torch finds no CUDA device"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_entropy_gate import (
 )
 from torch import Tensor
 
-from contrastseg_fast import _backend
+from contrastseg_fast import _backend, _checks
 from contrastseg_fast.functional import entropy_gate
 from contrastseg_fast.ops import entropy_gate as op
 
@@ -30,8 +31,18 @@ pytestmark = pytest.mark.skipif(
     reason="no CUDA device, and TRITON_INTERPRET is not 1",
 )
 
-TRITON = (op.entropy_gate_forward_triton, op.entropy_gate_backward_triton)
 LAYOUTS = [torch.clone, channels_last]
+
+
+def forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return op.entropy_gate_forward_on_cuda(features, logits, "triton")
+
+
+def backward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    return op.entropy_gate_backward_on_cuda(*inputs, "triton")
+
+
+TRITON = (forward, backward)
 
 
 def on_device(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -76,7 +87,8 @@ def test_mixed_dtypes(feature_dtype: torch.dtype, logit_dtype: torch.dtype) -> N
         grad_gated.to(feature_dtype),
         logits.to(logit_dtype),
     )
-    grad_uncertainty = grad_uncertainty.to(op._accumulation_dtype(features, logits))
+    is_double = torch.float64 in (feature_dtype, logit_dtype)
+    grad_uncertainty = grad_uncertainty.to(torch.float64 if is_double else torch.float32)
     inputs = on_device(features, logits, grad_gated, grad_uncertainty)
     assert_as_exact_as_plain(by_gate(TRITON, *inputs), inputs)
 
@@ -87,11 +99,12 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     logits = extreme_logits(dtype)
     features, grad_gated = torch.randn(2, 1, 5, 13, dtype=torch.float64).to(dtype)
     features, logits, grad_gated = on_device(features, logits, grad_gated)
-    gated, u = TRITON[0](features, logits)
-    expected_gated, expected_u = op._forward(features, logits)
+    gated, u = forward(features, logits)
+    default = torch._C.DispatchKey.CompositeExplicitAutograd
+    expected_gated, expected_u = op.entropy_gate_forward._op_dk(default, features, logits, "auto")
     torch.testing.assert_close(u, expected_u, rtol=1e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(gated, expected_gated, equal_nan=True)
-    grad_features, grad_logits = TRITON[1](grad_gated, None, features, logits)
+    grad_features, grad_logits = backward(grad_gated, None, features, logits)
     torch.testing.assert_close(grad_features, (grad_gated * (2 - u)).to(dtype), equal_nan=True)
     torch.testing.assert_close(grad_logits[..., :9], torch.zeros_like(logits[..., :9]), rtol=0, atol=1e-5)
     assert grad_logits[..., 9:].isnan().any(1).all()
@@ -118,7 +131,7 @@ def test_expanded_and_missing_gradients(layout) -> None:
                 torch.zeros(2, channels, 4, 5) if grad is None else grad.contiguous()
                 for channels, grad in ((6, gated_grad), (1, uncertainty_grad))
             ]
-            actual = TRITON[1](*on_device(gated_grad, uncertainty_grad, features, logits))
+            actual = backward(*on_device(gated_grad, uncertainty_grad, features, logits))
             for a, e in zip(actual, by_reference(features, logits, *dense)[2:], strict=True):
                 torch.testing.assert_close(a.cpu(), e.float(), rtol=1e-5, atol=1e-6)
 
@@ -130,27 +143,42 @@ def test_nothing_to_gate(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(a, e.float())
 
 
-def test_gradients_flow_and_second_derivatives_raise() -> None:
+@pytest.fixture
+def operators() -> Iterator[None]:
+    """Let the operators take the Triton kernels on the device under test."""
+    if DEVICE == "cuda":
+        yield
+        return
+    library = torch.library.Library("contrastseg_fast", "IMPL")
+    library.impl("entropy_gate_forward", op.entropy_gate_forward_on_cuda, "CPU", allow_override=True)
+    library.impl("entropy_gate_backward", op.entropy_gate_backward_on_cuda, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+def test_gradients_flow_and_second_derivatives_raise(operators: None) -> None:
     features, logits, _, _ = (
         x.requires_grad_() for x in on_device(*make_inputs((1, 3, 2, 4), dtype=torch.float64))
     )
-    assert torch.autograd.gradcheck(TRITON[0], (features, logits))
-    gated, _ = TRITON[0](features, logits)
+    assert torch.autograd.gradcheck(op.entropy_gate_forward, (features, logits, "triton"))
+    gated, _ = op.entropy_gate_forward(features, logits, "triton")
     (grad,) = torch.autograd.grad(gated.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         grad.sum().backward()
 
 
-def test_opcheck() -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs, poisoned memory has no part in it
+def test_opcheck(operators: None) -> None:
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs: memory must not be poisoned
     features, logits, grad_gated, grad_uncertainty = on_device(*make_inputs((2, 5, 4, 3)))
-    torch.library.opcheck(TRITON[0], (features.requires_grad_(), logits.requires_grad_()))
-    torch.library.opcheck(TRITON[1], (grad_gated, grad_uncertainty, features.detach(), logits.detach()))
+    leaves = features.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.library.opcheck(op.entropy_gate_forward, (*leaves, "triton"))
+    inputs = (grad_gated, grad_uncertainty, features, logits, "triton")
+    torch.library.opcheck(op.entropy_gate_backward, inputs)
 
 
-def test_compiled_without_graph_breaks() -> None:
+def test_compiled_without_graph_breaks(operators: None) -> None:
     def function(features: Tensor, logits: Tensor) -> Tensor:
-        gated, u = TRITON[0](features.relu(), logits)
+        gated, u = op.entropy_gate_forward(features.relu(), logits, "triton")
         return (gated * gated).mean() + u.mean()
 
     inputs = [x.requires_grad_() for x in on_device(*make_inputs((1, 5, 6, 7)))[:2]]
@@ -165,12 +193,16 @@ def test_cpu_tensors_are_refused() -> None:
         entropy_gate(features, logits, backend="triton")
 
 
+def _fill_nothing(*_: object) -> None:
+    """Stands in for a launch."""
+
+
 class TestChoice:
-    """Which kernels CUDA tensors get: here asked of the op's own choice, with reasons made up."""
+    """Which kernels CUDA tensors get with backend="auto", on CPU tensors, with reasons made up."""
 
     @pytest.fixture(autouse=True)
     def forget_warnings(self) -> None:
-        _backend.warn_once.cache_clear()
+        _checks.warn_once.cache_clear()
 
     @pytest.mark.parametrize(
         ("missing", "choice", "words"),
@@ -188,24 +220,31 @@ class TestChoice:
     @pytest.mark.filterwarnings("error")
     def test_order_and_its_single_warning(self, monkeypatch, missing, choice, words) -> None:
         monkeypatch.setattr(_backend, "unavailable", lambda b, _: f"no {b}" if b in missing else None)
-        device = torch.device("cuda", 0)
+        chosen = []
+        monkeypatch.setattr(op, "_launches", lambda name: (chosen.append(name) or _fill_nothing,) * 2)
+        features, logits, _, _ = make_inputs((1, 5, 4, 3))
+
+        def run() -> None:
+            chosen.clear()
+            op.entropy_gate_forward_on_cuda(features, logits, "auto")
+            assert chosen == ([] if choice == "default" else [choice])
+
         if words is not None:
             with pytest.warns(RuntimeWarning, match=words):
-                assert op._choose(device) == choice
-        assert op._choose(device) == choice, "without a second warning"
+                run()
+        run()  # without a second warning
 
-    @pytest.mark.parametrize("choice", ["triton", "default"])
-    def test_what_is_chosen_runs(self, monkeypatch, choice: str) -> None:
-        monkeypatch.setattr(op, "_choose", lambda _: choice)
+    @pytest.mark.filterwarnings("ignore:contrastseg_fast. entropy_gate runs in")
+    @pytest.mark.parametrize("missing", [("cuda",), ("cuda", "triton")], ids=["triton", "default"])
+    def test_what_is_chosen_runs(self, monkeypatch, missing: tuple[str, ...]) -> None:
+        monkeypatch.setattr(_backend, "unavailable", lambda b, _: f"no {b}" if b in missing else None)
         inputs = on_device(*make_inputs((1, 5, 4, 3)))
-        forward = op._forward_chosen(*inputs[:2])
-        backward = op._backward_chosen(inputs[2], inputs[3], *inputs[:2])
-        for a, e in zip((*forward, *backward), by_reference(*inputs), strict=True):
+        gated = op.entropy_gate_forward_on_cuda(*inputs[:2], "auto")
+        gradients = op.entropy_gate_backward_on_cuda(inputs[2], inputs[3], *inputs[:2], "auto")
+        for a, e in zip((*gated, *gradients), by_reference(*inputs), strict=True):
             assert normwise_error(a, e) < 1e-6
 
     def test_cuda_tensors_have_that_choice(self) -> None:
         for direction in ("forward", "backward"):
             name = f"contrastseg_fast::entropy_gate_{direction}"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
-            for backend in ("triton", "cuda"):
-                assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"{name}_{backend}", "CUDA")

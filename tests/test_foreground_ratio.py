@@ -18,7 +18,6 @@ from contrastseg_fast import _backend
 from contrastseg_fast.ops import foreground_ratio as ops
 
 BORDERS = ("full", "clip", "background")
-IMPLEMENTATIONS = {"op": ops.foreground_ratio, "default": ops._foreground_ratio}
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -27,13 +26,25 @@ needs_extension = pytest.mark.skipif(
 )
 
 
+def by_operator(*arguments):
+    """Ratios and valid fraction as dispatched: C++ where installed."""
+    return ops.foreground_ratio(*arguments, False, "auto")[:2]
+
+
+def in_plain_pytorch(*arguments):
+    return ops._foreground_ratio(*arguments, False)[:2]
+
+
+IMPLEMENTATIONS = {"op": by_operator, "default": in_plain_pytorch}
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     return IMPLEMENTATIONS[request.param]
 
 
 def count_pixels(labels, starts, size, num_classes, border="full", ignore_index=None):
-    """Eq. 4 box by box: ratios and valid fractions in fp64, rounded to fp32 once."""
+    """Eq. 4 patch by patch: ratios and valid fractions in fp64, rounded to fp32 once."""
     soft = labels.ndim == len(size) + 2
     values = labels.double().numpy()
     if not soft:
@@ -279,21 +290,21 @@ def test_every_way_gives_the_same_bits_on_any_number_of_threads(case):
     starts = scattered(2, count, extents, [length // 3 + 1 for length in size])
     starts[:, 0] = 0
     soft = torch.rand(1, 2, *extents) * 2**-30 if math.prod(extents) < 100_000 else None
-    expected = ops._foreground_ratio(labels, starts, size, num_classes, "full", 100)
-    expected_soft = None if soft is None else ops._foreground_ratio(soft, starts[:1], size, 2, "clip", None)
+    expected = in_plain_pytorch(labels, starts, size, num_classes, "full", 100)
+    expected_soft = None if soft is None else in_plain_pytorch(soft, starts[:1], size, 2, "clip", None)
     threads = torch.get_num_threads()
     try:
         for number in (1, 2, 5, 32):
             torch.set_num_threads(number)
-            actual = ops.foreground_ratio(labels, starts, size, num_classes, "full", 100)
+            actual = by_operator(labels, starts, size, num_classes, "full", 100)
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
             if soft is not None:
-                actual = ops.foreground_ratio(soft, starts[:1], size, 2, "clip", None)
+                actual = by_operator(soft, starts[:1], size, 2, "clip", None)
                 torch.testing.assert_close(actual, expected_soft, rtol=0, atol=0)
     finally:
         torch.set_num_threads(threads)
     chosen = torch.randint(0, count, (8,))
-    assert_counted(ops.foreground_ratio, labels[:1], starts[:1, chosen], size, num_classes, "full", 100)
+    assert_counted(by_operator, labels[:1], starts[:1, chosen], size, num_classes, "full", 100)
 
 
 @needs_extension
@@ -303,8 +314,8 @@ def test_default_kernel_gives_the_same_bits(extents, border):
     size = (8, 7, 5)[: len(extents)]
     starts = scattered(2, 200, extents, size)
     for labels, num_classes in ((random_labels(2, extents, 6, 99), 6), (torch.rand(2, 3, *extents), 3)):
-        actual = ops.foreground_ratio(labels, starts, size, num_classes, border, 99)
-        expected = ops._foreground_ratio(labels, starts, size, num_classes, border, 99)
+        actual = by_operator(labels, starts, size, num_classes, border, 99)
+        expected = in_plain_pytorch(labels, starts, size, num_classes, border, 99)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -326,7 +337,7 @@ def test_other_vector_code_gives_the_same_bits(capability, tmp_path):
 import sys, torch
 from contrastseg_fast.ops.foreground_ratio import foreground_ratio, labels_in_range
 cases = torch.load(sys.argv[1])
-results = [foreground_ratio(*case) for case in cases]
+results = [foreground_ratio(*case, False, "auto")[:2] for case in cases]
 limits = [(case[0], case[3] - i) for case in cases for i in (1, 2)]
 checks = [labels_in_range(labels, highest, True, 99).item() for labels, highest in limits]
 torch.save((results, checks), sys.argv[2])
@@ -338,8 +349,27 @@ torch.save((results, checks), sys.argv[2])
         check=True,
     )
     results, checks = torch.load(tmp_path / "results.pt")
-    torch.testing.assert_close(results, [ops._foreground_ratio(*case) for case in cases], rtol=0, atol=0)
+    torch.testing.assert_close(results, [in_plain_pytorch(*case) for case in cases], rtol=0, atol=0)
     assert checks == [True, False] * 9 + [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("count", [ops.foreground_ratio, ops._foreground_ratio])
+def test_ratios_inside_the_image_come_from_the_same_count(border, count):
+    size = (8, 7)
+    starts = scattered(2, 100, (45, 61), size)
+    soft = torch.rand(2, 3, 45, 61)
+    soft[0, :, :20] = 99
+    for labels, num_classes in ((random_labels(2, (45, 61), 6, 99), 6), (soft, 3)):
+        for ignore_index in (None, 99):
+            options = (labels, starts, size, num_classes, border, ignore_index)
+            ratios, valid_fraction, inside = count(*options, True, "auto")
+            expected = count(*options[:4], "clip", ignore_index, False, "auto")[0]
+            assert torch.equal(inside, expected)
+            without = count(*options, False, "auto")
+            assert torch.equal(ratios, without[0])
+            assert torch.equal(valid_fraction, without[1])
+            assert without[2].shape == (2, 100, 0)
 
 
 def check_range(labels, *options) -> bool:
@@ -404,7 +434,8 @@ SAMPLES = {
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(sample):
-    torch.library.opcheck(ops.foreground_ratio, SAMPLES[sample])
+    torch.library.opcheck(ops.foreground_ratio, (*SAMPLES[sample], False, "auto"))
+    torch.library.opcheck(ops.foreground_ratio, (*SAMPLES[sample], True, "auto"))
     torch.library.opcheck(ops.labels_in_range, (SAMPLES[sample][0], 2, False, None))
 
 
@@ -414,20 +445,20 @@ def test_compiled_as_one_graph(sample):
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def both(labels, starts):
-        ratios, valid_fraction = ops.foreground_ratio(labels, starts, size, num_classes, border, ignore_index)
+        ratios, valid_fraction = by_operator(labels, starts, size, num_classes, border, ignore_index)
         return ratios * 2, valid_fraction + ops.labels_in_range(labels, 2, False, ignore_index)
 
-    expected = ops.foreground_ratio(*SAMPLES[sample])
+    expected = by_operator(*SAMPLES[sample])
     actual = both(labels, starts)
     torch.testing.assert_close(actual, (expected[0] * 2, expected[1] + 1), rtol=0, atol=0)
-    default = torch.compile(ops._foreground_ratio, fullgraph=True, backend="aot_eager")
+    default = torch.compile(in_plain_pytorch, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(default(*SAMPLES[sample]), expected, rtol=0, atol=0)
 
 
 def test_labels_that_require_a_gradient_get_none(implementation):
     labels = torch.rand(1, 2, 6, 6, requires_grad=True)
     weight = torch.ones(2, requires_grad=True)
-    ratios, valid_fraction = ops.foreground_ratio(labels, torch.tensor([[1, 1]]), [3, 3], 2, "full", None)
+    ratios, valid_fraction = by_operator(labels, torch.tensor([[1, 1]]), [3, 3], 2, "full", None)
     assert not ratios.requires_grad
     assert not valid_fraction.requires_grad
     (ratios * weight).sum().backward()

@@ -11,7 +11,7 @@ import torch
 from conftest import blob_labels, blob_ratios, normwise_error, random_ratios
 from torch import Tensor
 
-from contrastseg_fast import functional, reference
+from contrastseg_fast import functional, reference, unchecked
 from contrastseg_fast.functional import entropy_gate, foreground_ratio, pdcr_loss, repelled_fraction
 
 OPTIONS = [
@@ -179,7 +179,7 @@ def test_second_derivatives_of_the_loss_raise() -> None:
 def test_repelled_fraction_agrees_with_the_reference(
     options: dict, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "_PAIRS_AT_ONCE", 3 * 37 * 8)
+    monkeypatch.setattr(unchecked, "_PAIRS_AT_ONCE", 3 * 37 * 8)
     vectors = torch.randn(3, 37, 6, dtype=torch.float64)
     vectors[0, ::5] = 0
     ratios = random_ratios(3, 37, 4)

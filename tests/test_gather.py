@@ -162,9 +162,9 @@ def test_opcheck(shape: str, layout: str) -> None:
     extents, count = SHAPES[shape]
     features = feature_map(layout, extents, torch.float32).to(DEVICE).requires_grad_()
     position = positions(extents, count).to(DEVICE)
-    torch.library.opcheck(ops.gather_vectors, (features, position))
+    torch.library.opcheck(ops.gather_vectors, (features, position, "auto"))
     grad = torch.randn(extents[0], count, extents[1], device=DEVICE, requires_grad=True)
-    arguments = (grad, position, list(extents), layout == "channels_last")
+    arguments = (grad, position, list(extents), layout == "channels_last", "auto")
     torch.library.opcheck(ops.gather_vectors_backward, arguments)
 
 
@@ -173,11 +173,11 @@ def test_derivatives_of_any_order(channels_last: bool) -> None:
     layout = "channels_last" if channels_last else "contiguous"
     features = feature_map(layout, (2, 3, 4, 5), torch.float64).to(DEVICE).requires_grad_()
     position = torch.tensor([3, 7, 3, 19], device=DEVICE)
-    torch.autograd.gradcheck(lambda x: ops.gather_vectors(x, position), features)
-    torch.autograd.gradgradcheck(lambda x: ops.gather_vectors(x, position), features)
+    torch.autograd.gradcheck(lambda x: ops.gather_vectors(x, position, "auto"), features)
+    torch.autograd.gradgradcheck(lambda x: ops.gather_vectors(x, position, "auto"), features)
     grad = torch.randn(2, 4, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     torch.autograd.gradcheck(
-        lambda x: ops.gather_vectors_backward(x, position, [2, 3, 4, 5], channels_last), grad
+        lambda x: ops.gather_vectors_backward(x, position, [2, 3, 4, 5], channels_last, "auto"), grad
     )
 
 
@@ -186,7 +186,7 @@ def test_autograd_keeps_the_positions_alone() -> None:
     position = torch.tensor([1, 30], device=DEVICE)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        ops.gather_vectors(features, position)
+        ops.gather_vectors(features, position, "auto")
     assert [tensor.data_ptr() for tensor in saved] == [position.data_ptr()]
 
 
@@ -194,7 +194,7 @@ def test_autograd_keeps_the_positions_alone() -> None:
 def test_compiled_as_one_graph_for_all_sizes(layout: str) -> None:
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def squares(features: Tensor, position: Tensor) -> Tensor:
-        return ops.gather_vectors(features * 2, position).square().sum()
+        return ops.gather_vectors(features * 2, position, "auto").square().sum()
 
     for extent, count in ((6, 5), (9, 17)):
         features = feature_map(layout, (2, 4, extent, 8), torch.float32).to(DEVICE).requires_grad_()

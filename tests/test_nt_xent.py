@@ -169,14 +169,16 @@ def test_vectors_that_are_not_finite_are_not_hidden(value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     vectors = torch.randn(2, 26, 5).to(dtype)
-    torch.library.opcheck(nt_xent.nt_xent_forward, (vectors.requires_grad_(), 0.5))
-    loss, log_n = nt_xent.nt_xent_forward(vectors.detach(), 0.5)
-    torch.library.opcheck(nt_xent.nt_xent_backward, (torch.ones_like(loss), log_n, vectors.detach(), 0.5))
+    torch.library.opcheck(nt_xent.nt_xent_forward, (vectors.requires_grad_(), 0.5, "auto"))
+    loss, log_n = nt_xent.nt_xent_forward(vectors.detach(), 0.5, "auto")
+    torch.library.opcheck(
+        nt_xent.nt_xent_backward, (torch.ones_like(loss), log_n, vectors.detach(), 0.5, "auto")
+    )
 
 
 def test_gradcheck() -> None:
     vectors = torch.randn(2, 14, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: nt_xent.nt_xent_forward(v, 0.2)[0], (vectors,))
+    assert torch.autograd.gradcheck(lambda v: nt_xent.nt_xent_forward(v, 0.2, "auto")[0], (vectors,))
 
 
 def test_second_derivatives_raise() -> None:

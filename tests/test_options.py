@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from contrastseg_fast import attach_pdcr, receptive_fields, reference
 from contrastseg_fast.functional import WARMUPS, foreground_ratio, pdcr_loss, warmup_weight
-from contrastseg_fast.modules import PDCRLoss
+from contrastseg_fast.pdcr_loss import PDCRLoss
 from contrastseg_fast.receptive_field import ReceptiveField
 
 STEM = ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))
@@ -398,30 +398,6 @@ def test_every_option_reaches_the_plug_in() -> None:
     assert len(heads) == 4
     for parameter in (*heads, model.encoder[0].weight, model.bottom.weight, model.up.weight):
         assert parameter.grad.abs().max() > 0
-
-
-def test_heads_live_in_a_model_without_changing_it() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    x, labels = torch.randn(2, 1, 24, 20), blob_labels(2, (24, 20), 3)
-    expected, keys = model(x), list(model.state_dict())
-    pdcr = attach_pdcr(model, ["0"], 3, example_input=x, projection="mlp", in_channels=8)
-    model.add_module("pdcr", pdcr.loss.projections)
-    assert torch.equal(model(x), expected)
-    assert [key for key in model.state_dict() if not key.startswith("pdcr.")] == keys
-    model.double()
-    model(x.double())
-    assert pdcr(labels).dtype == torch.float64
-    average = torch.optim.swa_utils.AveragedModel(model)
-    with torch.no_grad():
-        model.pdcr["0"][0].weight.add_(1)
-    average.update_parameters(model)
-    average.update_parameters(model)
-    before, after = (m.pdcr["0"][0].weight for m in (model, average.module))
-    torch.testing.assert_close(after, before)
-    assert torch.equal(average.eval()(x.double()), model.eval()(x.double()))
-
-
-# Errors
 
 
 @pytest.mark.parametrize(

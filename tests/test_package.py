@@ -74,7 +74,7 @@ def test_import_is_light():
 def test_the_extension_is_built_where_there_is_a_compiler():
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         pytest.skip("no C++ compiler")
-    assert _backend.has_cpu_extension(), _backend._CPU_ERROR
+    assert _backend.has_cpu_extension(), _backend.cpu_error()
 
 
 _WITHOUT_EXTENSION = """

@@ -11,27 +11,36 @@ import pytest
 import torch
 
 from contrastseg_fast import _backend
+from contrastseg_fast.affinity import AFFINITIES as WORDS
+from contrastseg_fast.affinity import Affinity, make_affinity
 from contrastseg_fast.ops import pdcr
 
 needs_extension = pytest.mark.skipif(
     not _backend.has_cpu_extension(), reason="the C++ extension is not installed"
 )
 
-# temperature, distance_scale, categorical, num_bias, num_slope, den_bias, den_slope, shift
-PAPER = (0.5, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)
-SHARP = (0.07, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)
-OVERFLOWING = (0.002, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)  # exp(d / tau) exceeds fp32
-RELEASED = (0.5, 1.0, False, 0.0, 1.0, 1.0, -1.0, 1.0)
-CONSTANT = (0.5, 0.5, False, 0.5, 0.0, 0.5, 0.0, 0.0)
-CATEGORICAL = (0.5, 1.0, True, 1.0, -1.0, 0.0, 1.0, 0.0)
-FORMS = {
-    "paper": PAPER,
-    "sharp": SHARP,
-    "overflowing": OVERFLOWING,
-    "released": RELEASED,
-    "constant": CONSTANT,
-    "categorical": CATEGORICAL,
-}
+
+def paper_form(word: str, variant: str = "paper", temperature: float = 0.5) -> Affinity:
+    """An affinity by its word, for two classes."""
+    return make_affinity(
+        word,
+        num_classes=2,
+        temperature=temperature,
+        class_distance="mean",
+        include_background=True,
+        variant=variant,
+    )
+
+
+PAPER = paper_form("ratio")
+SHARP = paper_form("ratio", temperature=0.07)
+OVERFLOWING = paper_form("ratio", temperature=0.002)  # exp(d / tau) exceeds fp32
+RELEASED = paper_form("ratio", "released")._replace(distance_scale=1.0)
+CATEGORICAL = paper_form("bipartite")
+# Every word, those with equal numbers once, and forms that are hard on the arithmetic.
+_BY_NUMBERS = {paper_form(word): word for word in WORDS}
+AFFINITIES = {word: affinity for affinity, word in _BY_NUMBERS.items()}
+AFFINITIES |= {"sharp": SHARP, "overflowing": OVERFLOWING, "released": RELEASED}
 
 
 def make_inputs(
@@ -49,8 +58,9 @@ def make_inputs(
     return vectors, ratios[:, torch.randperm(count, generator=generator)]
 
 
-def loss_and_gradient(implementation, vectors, ratios, valid, options, grad):
+def loss_and_gradient(implementation, vectors, ratios, valid, affinity, grad):
     """`(loss, log_z, gradient)` by the operator, its plain-PyTorch default, or the Triton kernels."""
+    how = ([*affinity], "auto")
     match implementation:
         case "op":
             forward, backward = pdcr.pdcr_forward, pdcr.pdcr_backward
@@ -59,25 +69,26 @@ def loss_and_gradient(implementation, vectors, ratios, valid, options, grad):
         case "triton":
             kernels = importlib.import_module("contrastseg_fast.kernels.pdcr")
             forward, backward = kernels.forward, kernels.backward
-    loss, log_z = forward(vectors, ratios, valid, *options)
-    return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *options)
+            how = (affinity,)
+    loss, log_z = forward(vectors, ratios, valid, *how)
+    return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *how)
 
 
 def normwise(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-def assert_as_exact_as_plain(vectors, ratios, valid, options, implementation="op") -> None:
+def assert_as_exact_as_plain(vectors, ratios, valid, affinity, implementation="op") -> None:
     """The error against float64 is at most twice that of plain PyTorch which upcasts to fp32 first.
 
     A few roundings come on top, of numbers near 1 or of exponents up to 1 / temperature.
     """
     grad = torch.linspace(0.5, 1.5, vectors.shape[0])
-    exact = loss_and_gradient("default", vectors.double(), ratios, valid, options, grad)
-    plain = loss_and_gradient("default", vectors.float(), ratios, valid, options, grad)
-    actual = loss_and_gradient(implementation, vectors, ratios, valid, options, grad)
+    exact = loss_and_gradient("default", vectors.double(), ratios, valid, affinity, grad)
+    plain = loss_and_gradient("default", vectors.float(), ratios, valid, affinity, grad)
+    actual = loss_and_gradient(implementation, vectors, ratios, valid, affinity, grad)
     assert actual[2].dtype == vectors.dtype
-    rounding = torch.finfo(torch.float32).eps * max(4, 0.25 / options[0])
+    rounding = torch.finfo(torch.float32).eps * max(4, 0.25 / affinity.temperature)
     for name, a, p, e in zip(("loss", "log_z", "gradient"), actual, plain, exact, strict=True):
         assert torch.isfinite(a).all(), name
         plain_error = normwise(p.to(a.dtype), e)
@@ -85,34 +96,36 @@ def assert_as_exact_as_plain(vectors, ratios, valid, options, implementation="op
 
 
 @needs_extension
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", AFFINITIES)
 @pytest.mark.parametrize(
     ("batch", "count", "channels", "classes"),
     [(2, 257, 33, 2), (1, 500, 16, 5), (3, 63, 100, 3), (1, 96, 2, 2), (2, 97, 7, 4), (1, 3300, 24, 2)],
 )
-def test_fp32_is_as_exact_as_plain_pytorch(form, batch, count, channels, classes):
-    options = FORMS[form]
-    vectors, ratios = make_inputs(batch, count, channels, classes, torch.float32, categorical=options[2])
-    assert_as_exact_as_plain(vectors, ratios, None, options)
+def test_fp32_is_as_exact_as_plain_pytorch(name, batch, count, channels, classes):
+    affinity = AFFINITIES[name]
+    vectors, ratios = make_inputs(
+        batch, count, channels, classes, torch.float32, categorical=affinity.categorical
+    )
+    assert_as_exact_as_plain(vectors, ratios, None, affinity)
 
 
 @needs_extension
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", AFFINITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_is_as_exact_as_plain_pytorch(form, dtype):
-    options = FORMS[form]
-    vectors, ratios = make_inputs(2, 300, 40, 3, dtype, categorical=options[2])
-    assert_as_exact_as_plain(vectors, ratios, None, options)
+def test_16_bit_is_as_exact_as_plain_pytorch(name, dtype):
+    affinity = AFFINITIES[name]
+    vectors, ratios = make_inputs(2, 300, 40, 3, dtype, categorical=affinity.categorical)
+    assert_as_exact_as_plain(vectors, ratios, None, affinity)
 
 
 @needs_extension
-@pytest.mark.parametrize("form", FORMS)
-def test_fp64_agrees_to_rounding(form):
-    options = FORMS[form]
-    vectors, ratios = make_inputs(2, 211, 19, 3, torch.float64, categorical=options[2])
+@pytest.mark.parametrize("name", AFFINITIES)
+def test_fp64_agrees_to_rounding(name):
+    affinity = AFFINITIES[name]
+    vectors, ratios = make_inputs(2, 211, 19, 3, torch.float64, categorical=affinity.categorical)
     grad = torch.ones(2, dtype=torch.float64)
-    exact = loss_and_gradient("default", vectors, ratios, None, options, grad)
-    actual = loss_and_gradient("op", vectors, ratios, None, options, grad)
+    exact = loss_and_gradient("default", vectors, ratios, None, affinity, grad)
+    actual = loss_and_gradient("op", vectors, ratios, None, affinity, grad)
     for a, e in zip(actual, exact, strict=True):
         assert a.dtype == torch.float64
         assert normwise(a, e) < 1e-12
@@ -120,17 +133,17 @@ def test_fp64_agrees_to_rounding(form):
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [PAPER, SHARP], ids=["paper", "sharp"])
-def test_clustered_vectors(dtype, options):
+@pytest.mark.parametrize("affinity", [PAPER, SHARP], ids=["paper", "sharp"])
+def test_clustered_vectors(dtype, affinity):
     """At cosine 0.9999 the gradient is what is left after nearly all of it cancels."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(1, 1, 64, generator=generator) + 0.01 * torch.randn(2, 500, 64, generator=generator)
     _, ratios = make_inputs(2, 500, 64, 2, dtype)
-    assert_as_exact_as_plain(vectors.to(dtype), ratios, None, options)
+    assert_as_exact_as_plain(vectors.to(dtype), ratios, None, affinity)
 
 
 @needs_extension
-def test_invalid_vectors_take_no_part():
+def test_invalid_vectors_are_excluded():
     vectors, ratios = make_inputs(3, 410, 20, 2, torch.float32)
     valid = torch.rand(3, 410, generator=torch.Generator().manual_seed(1)) > 0.4
     valid[1] = False
@@ -175,18 +188,18 @@ def test_rows_of_any_length(scale):
     )
 
 
-@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
-def test_zero_vectors_get_no_gradient(options):
-    vectors, ratios = make_inputs(2, 130, 12, 2, torch.float32, categorical=options[2])
+@pytest.mark.parametrize("affinity", AFFINITIES.values(), ids=AFFINITIES)
+def test_zero_vectors_get_no_gradient(affinity):
+    vectors, ratios = make_inputs(2, 130, 12, 2, torch.float32, categorical=affinity.categorical)
     vectors[:, ::4] = 0
     vectors[1] = 0
-    loss, _, gradient = loss_and_gradient("op", vectors, ratios, None, options, torch.ones(2))
+    loss, _, gradient = loss_and_gradient("op", vectors, ratios, None, affinity, torch.ones(2))
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient).all()
     assert (gradient[:, ::4] == 0).all()
     assert (gradient[1] == 0).all()
     assert gradient[0].abs().sum() > 0
-    assert_as_exact_as_plain(vectors, ratios, None, options)
+    assert_as_exact_as_plain(vectors, ratios, None, affinity)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +208,7 @@ def test_zero_vectors_get_no_gradient(options):
 def test_degenerate_sizes(batch, count, channels):
     vectors = torch.randn(batch, count, channels, requires_grad=True)
     ratios = torch.rand(batch, count, 2)
-    loss, log_z = pdcr.pdcr_forward(vectors, ratios, None, *PAPER)
+    loss, log_z = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "auto")
     assert loss.shape == (batch,)
     assert log_z.shape == (batch, count)
     loss.sum().backward()
@@ -217,7 +230,7 @@ def test_one_channel_has_no_gradient():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2, 0.1, 1.0, 1e3, 1e6])
 def test_any_temperature(temperature):
     vectors, ratios = make_inputs(1, 230, 16, 2, torch.float32)
-    assert_as_exact_as_plain(vectors, ratios, None, (temperature, *PAPER[1:]))
+    assert_as_exact_as_plain(vectors, ratios, None, PAPER._replace(temperature=temperature))
 
 
 @needs_extension
@@ -283,11 +296,13 @@ def test_gradcheck(implementation):
     vectors.requires_grad_()
     valid = torch.rand(2, 23, generator=torch.Generator().manual_seed(3)) > 0.2
     if implementation == "op":
-        assert torch.autograd.gradcheck(lambda v: pdcr.pdcr_forward(v, ratios, valid, *PAPER)[0], (vectors,))
+        assert torch.autograd.gradcheck(
+            lambda v: pdcr.pdcr_forward(v, ratios, valid, [*PAPER], "auto")[0], (vectors,)
+        )
         return
-    loss, log_z = pdcr._forward(vectors, ratios, valid, *PAPER)
+    loss, log_z = pdcr._forward(vectors, ratios, valid, [*PAPER])
     expected = torch.autograd.grad(loss.sum(), vectors)[0]
-    actual = pdcr._backward(torch.ones_like(loss), log_z.detach(), vectors.detach(), ratios, valid, *PAPER)
+    actual = pdcr._backward(torch.ones_like(loss), log_z.detach(), vectors.detach(), ratios, valid, [*PAPER])
     torch.testing.assert_close(actual, expected)
 
 
@@ -295,17 +310,17 @@ def test_gradcheck(implementation):
 def test_opcheck(dtype):
     vectors, ratios = make_inputs(2, 30, 8, 2, dtype)
     valid = torch.ones(2, 30, dtype=torch.bool)
-    torch.library.opcheck(pdcr.pdcr_forward, (vectors.requires_grad_(), ratios, valid, *PAPER))
-    loss, log_z = pdcr.pdcr_forward(vectors.detach(), ratios, None, *PAPER)
+    torch.library.opcheck(pdcr.pdcr_forward, (vectors.requires_grad_(), ratios, valid, [*PAPER], "auto"))
+    loss, log_z = pdcr.pdcr_forward(vectors.detach(), ratios, None, [*PAPER], "auto")
     torch.library.opcheck(
-        pdcr.pdcr_backward, (torch.ones_like(loss), log_z, vectors.detach(), ratios, None, *PAPER)
+        pdcr.pdcr_backward, (torch.ones_like(loss), log_z, vectors.detach(), ratios, None, [*PAPER], "auto")
     )
 
 
 def test_second_derivatives_raise():
     vectors, ratios = make_inputs(1, 20, 8, 2, torch.float32)
     vectors.requires_grad_()
-    loss, _ = pdcr.pdcr_forward(vectors, ratios, None, *PAPER)
+    loss, _ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "auto")
     (gradient,) = torch.autograd.grad(loss.sum(), vectors, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         gradient.square().sum().backward()
@@ -325,13 +340,13 @@ def test_autocast_leaves_products_in_fp32():
 _CAPABILITY_CHECK = """
 import torch
 import test_pdcr as t
-for name, options in t.FORMS.items():
+for name, affinity in t.AFFINITIES.items():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        vectors, ratios = t.make_inputs(2, 205, 37, 3, dtype, categorical=options[2])
+        vectors, ratios = t.make_inputs(2, 205, 37, 3, dtype, categorical=affinity.categorical)
         if dtype == torch.float64:
             t.test_fp64_agrees_to_rounding(name)
         else:
-            t.assert_as_exact_as_plain(vectors, ratios, None, options)
+            t.assert_as_exact_as_plain(vectors, ratios, None, affinity)
 """
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
 import torch
 from test_pdcr import (
+    AFFINITIES,
     CATEGORICAL,
-    FORMS,
     PAPER,
     SHARP,
     assert_as_exact_as_plain,
@@ -16,7 +17,8 @@ from test_pdcr import (
     make_inputs,
 )
 
-from contrastseg_fast import _backend, functional
+from contrastseg_fast import _backend, _checks
+from contrastseg_fast.affinity import Affinity
 from contrastseg_fast.ops import pdcr
 
 pytest.importorskip("triton")
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 if _backend.interpreting():
     from contrastseg_fast.kernels import pdcr as kernels
+    from contrastseg_fast.kernels.pdcr import plan, slabs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreting takes long for every program, however little it does."""
-    monkeypatch.setattr(kernels, "ROWS", (128, 128, 4))
+    monkeypatch.setattr(plan, "ROWS", plan.RowLaunch(128, 128, 4))
 
 
 @pytest.fixture(params=[True, False], ids=["deterministic", "atomic"])
@@ -49,11 +52,11 @@ def some_valid(vectors: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", AFFINITIES)
 def test_every_form_is_as_exact_as_plain_pytorch(form, dtype, deterministic):
-    options = FORMS[form]
-    vectors, ratios = make_inputs(2, 130, 20, 3, DTYPES[dtype], categorical=options[2])
-    assert_as_exact_as_plain(vectors, ratios, some_valid(vectors), options, "triton")
+    affinity = AFFINITIES[form]
+    vectors, ratios = make_inputs(2, 130, 20, 3, DTYPES[dtype], categorical=affinity.categorical)
+    assert_as_exact_as_plain(vectors, ratios, some_valid(vectors), affinity, "triton")
 
 
 @pytest.mark.parametrize(
@@ -83,12 +86,12 @@ def test_one_vector(dtype, deterministic):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [PAPER, SHARP], ids=["paper", "sharp"])
-def test_clustered_vectors(dtype, options):
+@pytest.mark.parametrize("affinity", [PAPER, SHARP], ids=["paper", "sharp"])
+def test_clustered_vectors(dtype, affinity):
     """At cosine 0.9999 the gradient is what is left after nearly all of it cancels."""
     vectors = torch.randn(1, 1, 64) + 0.01 * torch.randn(1, 200, 64)
     _, ratios = make_inputs(1, 200, 64, 2, torch.float32)
-    assert_as_exact_as_plain(vectors.to(DTYPES[dtype]), ratios, None, options, "triton")
+    assert_as_exact_as_plain(vectors.to(DTYPES[dtype]), ratios, None, affinity, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,11 +101,11 @@ def test_vectors_of_any_length(dtype, unit):
         unit = max(unit, 1e-4)
     vectors, ratios = make_inputs(1, 100, 24, 2, torch.float32)
     vectors = vectors / vectors.abs().amax() * torch.logspace(-1, 0, 100)[None, :, None] * unit
-    vectors, options = vectors.to(DTYPES[dtype]), PAPER
+    vectors = vectors.to(DTYPES[dtype])
     grad = torch.full((1,), unit)  # so that gradients neither vanish nor overflow
-    exact = loss_and_gradient("default", vectors.double(), ratios, None, options, grad)
-    plain = loss_and_gradient("default", vectors.float(), ratios, None, options, grad)
-    actual = loss_and_gradient("triton", vectors, ratios, None, options, grad)
+    exact = loss_and_gradient("default", vectors.double(), ratios, None, PAPER, grad)
+    plain = loss_and_gradient("default", vectors.float(), ratios, None, PAPER, grad)
+    actual = loss_and_gradient("triton", vectors, ratios, None, PAPER, grad)
     for a, p, e in zip(actual, plain, exact, strict=True):
         plain_error = (p.to(a.dtype).double() - e).norm()
         assert (a.double() - e).norm() <= 2 * plain_error + 1e-6 * e.norm()
@@ -126,7 +129,7 @@ def test_nothing_valid_gives_zero(deterministic):
     assert (log_z[1] == 0).all()
     assert (gradient[1] == 0).all()
     assert_as_exact_as_plain(vectors[:1], ratios[:1], valid[:1], PAPER, "triton")
-    vectors[1] = torch.nan  # what takes no part does not matter
+    vectors[1] = torch.nan  # an excluded vector does not matter
     again = loss_and_gradient("triton", vectors, ratios, valid, PAPER, torch.ones(2))
     for value in again:
         assert torch.isfinite(value).all()
@@ -134,11 +137,11 @@ def test_nothing_valid_gives_zero(deterministic):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.07, 0.02, 0.002])
-def test_what_takes_no_part_never_overflows(dtype, temperature, deterministic):
+def test_excluded_vectors_never_overflow(dtype, temperature, deterministic):
     vectors, ratios = make_inputs(1, 70, 12, 2, DTYPES[dtype])
     for form in ((0.0, 1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 0.0, 1.0, -1.0)):
-        options = (temperature, 0.5, False, *form)
-        values = loss_and_gradient("triton", vectors, ratios, some_valid(vectors), options, torch.ones(1))
+        affinity = Affinity(temperature, 0.5, False, *form)
+        values = loss_and_gradient("triton", vectors, ratios, some_valid(vectors), affinity, torch.ones(1))
         for value in values:
             assert torch.isfinite(value).all()
 
@@ -164,35 +167,37 @@ def test_strided_inputs_and_expanded_gradients():
 
 
 @pytest.mark.parametrize(
-    ("options", "classes"), [(PAPER, 2), (PAPER, 3), ((0.004, *PAPER[1:]), 2)], ids=["2", "3", "overflowing"]
+    ("affinity", "classes"),
+    [(PAPER, 2), (PAPER, 3), (PAPER._replace(temperature=0.004), 2)],
+    ids=["2", "3", "overflowing"],
 )
-def test_whole_tiles_of_equal_ratios(classes, options, deterministic):
+def test_whole_tiles_of_equal_ratios(classes, affinity, deterministic):
     vectors, _ = make_inputs(1, 450, 20, classes, torch.float16)
     ratios = torch.nn.functional.one_hot((torch.arange(450)[None] > 180).long(), classes).float()
     ratios[:, :20] = torch.rand(1, 20, classes).softmax(-1)
     for valid in (None, torch.arange(450)[None] % 10 > 0):
-        assert_as_exact_as_plain(vectors, ratios, valid, options, "triton")
+        assert_as_exact_as_plain(vectors, ratios, valid, affinity, "triton")
 
 
 @pytest.mark.parametrize(("most", "height"), [(1, 32), (2 * 384 * 4 * 96, 96), (2 * 384 * 4 * 140, 128)])
-def test_several_panels_agree_with_one(most, height, monkeypatch, deterministic):
+def test_several_slabs_agree_with_one(most, height, monkeypatch, deterministic):
     vectors, ratios = make_inputs(2, 300, 40, 2, torch.float32)
     expected = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
-    panels = []
-    product = kernels._product
-    monkeypatch.setattr(kernels, "_product", lambda a, b: panels.append(a.shape[1]) or product(a, b))
-    monkeypatch.setattr(kernels, "_PANEL_BYTES", (most, most))
+    heights = []
+    product = slabs.product
+    monkeypatch.setattr(slabs, "product", lambda a, b: heights.append(a.shape[1]) or product(a, b))
+    monkeypatch.setattr(slabs, "_SLAB_BYTES", (most, most))
     actual = loss_and_gradient("triton", vectors, ratios, None, PAPER, torch.ones(2))
     for a, e in zip(actual, expected, strict=True):
         assert ((a - e).norm() / e.norm()) < 1e-6
-    assert set(panels) == {height}
+    assert set(heights) == {height}
 
 
 def test_deterministic_bits():
-    for options in (PAPER, CATEGORICAL):
-        vectors, ratios = make_inputs(1, 200, 20, 2, torch.bfloat16, categorical=options[2])
+    for affinity in (PAPER, CATEGORICAL):
+        vectors, ratios = make_inputs(1, 200, 20, 2, torch.bfloat16, categorical=affinity.categorical)
         first, second = (
-            loss_and_gradient("triton", vectors, ratios, None, options, torch.ones(1)) for _ in range(2)
+            loss_and_gradient("triton", vectors, ratios, None, affinity, torch.ones(1)) for _ in range(2)
         )
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
@@ -201,23 +206,24 @@ def test_deterministic_bits():
 @pytest.mark.parametrize("count", [1 << 14, 1 << 17])
 @pytest.mark.parametrize("channels", [8, 300])
 def test_pair_weights_fit_fp16(count, channels):
-    form = kernels._form(PAPER, torch.empty(1, count, channels, dtype=torch.float16), 2)
-    scale, undo = kernels._weight_scale(torch.float16, form, count)
-    largest = (
-        count * form.factor * 2 + 2 * form.factor + abs(form.offset)
-    )  # one pair has all of both rows' sums, at distance 1
+    vectors = torch.empty(1, count, channels, dtype=torch.float16)
+    terms = plan.terms_of(PAPER, vectors, 2)
+    scale, undo = terms.pair_weight["weight_scale"], terms.gradient["g_scale"]
+    factor = math.log2(math.e) / PAPER.temperature
+    # one pair has all of both rows' sums, at distance 1
+    largest = count * factor * 2 + 2 * factor + abs(terms.pair_weight["offset"])
     assert largest * scale < torch.finfo(torch.float16).max
-    assert scale * undo * form.factor == pytest.approx(1)
-    assert kernels._weight_scale(torch.bfloat16, form, count)[1] == 1
+    assert scale * undo * factor == pytest.approx(1)
+    assert plan.terms_of(PAPER, vectors.bfloat16(), 2).gradient["g_scale"] == 1
 
 
-@pytest.mark.parametrize("table", [kernels.FORWARD, kernels.BACKWARD] if _backend.interpreting() else [])
+@pytest.mark.parametrize("table", [plan.FORWARD, plan.BACKWARD] if _backend.interpreting() else [])
 def test_launch_tables_serve_every_width(table):
     for by_mode in table.values():
         for by_width in by_mode.values():
-            assert max(by_width) == kernels._WIDEST_FUSED
+            assert max(by_width) == plan.WIDEST_FUSED
             for launch in by_width.values():
-                assert kernels._PAD % launch.block_i == kernels._PAD % launch.block_j == 0
+                assert plan.PADDING % launch.block_i == plan.PADDING % launch.block_j == 0
                 assert launch.block_i % launch.block_j == 0
 
 
@@ -229,27 +235,27 @@ def test_cuda_tensors_take_triton_or_say_once_why_not(monkeypatch):
     monkeypatch.setattr(kernels, "forward", lambda *inputs: called.append("forward") or forward(*inputs))
     monkeypatch.setattr(kernels, "backward", lambda *inputs: called.append("backward") or backward(*inputs))
     monkeypatch.setattr(_backend, "unavailable", lambda backend, device: None)
-    loss, log_z = pdcr._forward_cuda(vectors, ratios, None, *PAPER)
-    pdcr._backward_cuda(torch.ones(1), log_z, vectors, ratios, None, *PAPER)
+    loss, log_z = pdcr.pdcr_forward_on_cuda(vectors, ratios, None, PAPER, "auto")
+    pdcr.pdcr_backward_on_cuda(torch.ones(1), log_z, vectors, ratios, None, PAPER, "auto")
     assert called == ["forward", "backward"]
     for unserved in (vectors.double(), vectors[:, :0], vectors[:0]):
-        pdcr._forward_cuda(unserved, ratios[: len(unserved), : unserved.shape[1]].double(), None, *PAPER)
+        their_ratios = ratios[: len(unserved), : unserved.shape[1]].double()
+        pdcr.pdcr_forward_on_cuda(unserved, their_ratios, None, PAPER, "auto")
     assert called == ["forward", "backward"]
     monkeypatch.setattr(_backend, "unavailable", lambda backend, device: "Triton is not installed")
-    _backend.warn_once.cache_clear()
+    _checks.warn_once.cache_clear()
     with pytest.warns(
-        RuntimeWarning, match="pdcr_loss runs in plain PyTorch on cpu: Triton is not installed"
+        RuntimeWarning, match="runs in plain PyTorch, as the Triton kernels cannot run: Triton is not"
     ):
-        plain, _ = pdcr._forward_cuda(vectors, ratios, None, *PAPER)
+        plain, _ = pdcr.pdcr_forward_on_cuda(vectors, ratios, None, PAPER, "auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pdcr._forward_cuda(vectors, ratios, None, *PAPER)
+        pdcr.pdcr_forward_on_cuda(vectors, ratios, None, PAPER, "auto")
     assert plain.item() == pytest.approx(loss.item(), rel=1e-5)
     assert called == ["forward", "backward"]
 
 
-def test_fp64_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(_backend, "check", lambda *_: None)
+def test_fp64_is_refused_by_name():
     vectors, ratios = make_inputs(1, 4, 3, 2, torch.float64)
     with pytest.raises(ValueError, match=r"vectors: expected fp32, bf16 or fp16 for backend='triton'"):
-        functional.pdcr_loss(vectors, ratios, backend="triton")
+        pdcr.pdcr_forward_on_cuda(vectors, ratios, None, [*PAPER], "triton")

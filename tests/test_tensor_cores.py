@@ -10,10 +10,10 @@ import torch
 from conftest import normwise_error, random_ratios
 from gpu.oracle import random_ratios as ratios_on_the_card
 from gpu.oracle import random_vectors
+from test_pdcr import PAPER, loss_and_gradient
 from torch import Tensor
 
 from contrastseg_fast import _backend
-from contrastseg_fast.ops import pdcr
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative errors of the loss of 500 vectors at cosine 0.9999 on an H100: what `test_clustered_vectors` said
@@ -82,44 +82,37 @@ def test_sums_of_few_bits_are_exact() -> None:
 
 @pytest.fixture
 def with_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let interpreted kernels and the products of panels sum as the model does."""
+    """Let interpreted kernels and the products of slabs sum as the model does."""
     pytest.importorskip("triton")
     if not _backend.interpreting():
         pytest.skip("kernels are interpreted with TRITON_INTERPRET=1 only")
     from triton.runtime import interpreter
 
-    from contrastseg_fast.kernels import pdcr as kernels
+    from contrastseg_fast.kernels.pdcr import plan, slabs
 
     def create_dot(_self: object, a, b, accumulator, *_options: object):
         given = tensor_cores.product(torch.from_numpy(a.data), torch.from_numpy(b.data).mT)
         total = given.float().numpy() + accumulator.data
         return interpreter.TensorHandle(total, accumulator.dtype.scalar)
 
-    def panel(a: Tensor, b: Tensor) -> Tensor:
+    def product(a: Tensor, b: Tensor) -> Tensor:
         return torch.stack([tensor_cores.product(x, y.mT) for x, y in zip(a, b, strict=True)]).float()
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(kernels, "_product", panel)
-    monkeypatch.setattr(kernels, "ROWS", (128, 128, 4))
+    monkeypatch.setattr(slabs, "product", product)
+    monkeypatch.setattr(plan, "ROWS", plan.RowLaunch(128, 128, 4))
 
 
 @pytest.mark.parametrize("channels", [64, 256, 300])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kernels_keep_the_bar(with_tensor_cores: None, channels: int, dtype: torch.dtype) -> None:
     """The loss: `largest_loss_error`. The gradient: twice plain PyTorch's error, as without tensor cores."""
-    from contrastseg_fast.kernels import pdcr as kernels
-
     temperature, count = 0.07, 100
-    options = (temperature, 0.5, False, 1.0, -1.0, 0.0, 1.0, 0.0)
+    affinity = PAPER._replace(temperature=temperature)
     vectors, ratios, grad = clustered(count, channels, dtype), random_ratios(1, count, 2), torch.ones(1)
-
-    def results(forward, backward, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        value, log_z = forward(vectors, ratios, None, *options)
-        return value, backward(grad.to(value.dtype), log_z, vectors, ratios, None, *options)
-
-    value, gradient = results(kernels.forward, kernels.backward, vectors)
-    exact, exact_gradient = results(pdcr._forward, pdcr._backward, vectors.double())
-    _, plain_gradient = results(pdcr._forward, pdcr._backward, vectors.float())
+    value, _, gradient = loss_and_gradient("triton", vectors, ratios, None, affinity, grad)
+    exact, _, exact_gradient = loss_and_gradient("default", vectors.double(), ratios, None, affinity, grad)
+    _, _, plain_gradient = loss_and_gradient("default", vectors.float(), ratios, None, affinity, grad)
     error = (value.double() - exact).abs().item()
     rounding = torch.finfo(torch.float32).eps / temperature
     assert math.isfinite(error)

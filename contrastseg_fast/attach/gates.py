@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from contrastseg_fast.attach.model_checks import refuse_replica
-from contrastseg_fast.modules import UAFS
+from contrastseg_fast.uafs import UAFS
 
 GATES = "uafs"  # the name of the gates' submodule in a model
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contrastseg_fast import _checks
 from contrastseg_fast.attach.gates import Gates
 from contrastseg_fast.attach.model_checks import check_example
-from contrastseg_fast.modules import Projections
+from contrastseg_fast.projection import Projections
 from contrastseg_fast.receptive_field import LayerRun, trace_layers, unknown_layer
 
 AUTO_STRIDES = (2, 4, 8)  # of the layers that "auto" chooses for PDCR

@@ -14,9 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from contrastseg_fast import _checks
+from contrastseg_fast.affinity import compares_ratios
 from contrastseg_fast.attach.layers import find_layers, select_encoder_layers, select_layers, trace
 from contrastseg_fast.attach.model_checks import check_example, check_model, refuse_replica
-from contrastseg_fast.modules import LayerSamples, PDCRLoss, finest
+from contrastseg_fast.patches import first_label_map
+from contrastseg_fast.pdcr_loss import PDCRLoss
+from contrastseg_fast.pdcr_options import LayerSamples
 from contrastseg_fast.receptive_field import LayerRun, ReceptiveField
 
 HEADS = "pdcr"  # the name of the projection heads' submodule in a model
@@ -40,7 +43,8 @@ def attach_pdcr(
     feature map is kept alive. The code and the outputs of the model stay the same, and so does its state
     dict if there is no `projection`. With one, the projection heads become the submodule `model.pdcr`, with
     keys such as `pdcr.encoder/1.weight`. They are trained, moved, copied and saved with the model. Weights
-    saved without heads load with `strict=False`.
+    saved without heads load with `strict=False`. DistributedDataParallel expects gradients of the heads in
+    every step, so call the regularizer in every step, with weight 0 if need be, or use `static_graph=True`.
 
     Args:
         model: a module that is called as a whole in training. Make the optimizer, wrap the model (in
@@ -118,7 +122,7 @@ def attach_pdcr(
     if loss.projections is not None:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         loss.projections.to(like.device, like.dtype).train(model.training)
-    if example_input is not None and loss.affinity == "ratio":
+    if example_input is not None and compares_ratios(loss.affinity):
         _warn_of_large_patches(loss, tuple(example_input.shape[2:]))
     return AttachedPDCR(model, loss)
 
@@ -162,11 +166,11 @@ class AttachedPDCR:
             the loss. In eval mode or without gradients it is a 0 without a graph.
 
         Raises:
-            TypeError, ValueError: `labels` or `mask` is not as `PDCRLoss` needs it.
+            TypeError, ValueError: under the conditions of `PDCRLoss.loss`.
             RuntimeError: the model is in training mode, and no vectors were sampled since the last call.
         """
         if not (self._model.training and torch.is_grad_enabled()):
-            return torch.zeros((), device=finest(labels).device)
+            return torch.zeros((), device=first_label_map(labels).device)
         loss = self.loss.loss(self._of_all_layers(self._samples), labels, mask)
         self._used_samples = {name: _detached(samples) for name, samples in self._samples.items()}
         self._samples = {}
@@ -185,7 +189,7 @@ class AttachedPDCR:
             the fractions `(B, layers)`, fp32, without gradient, as `PDCRLoss.repelled_fraction`.
 
         Raises:
-            TypeError, ValueError: `labels` or `mask` is not as `PDCRLoss` needs it.
+            TypeError, ValueError: under the conditions of `PDCRLoss.loss`.
             RuntimeError: no vectors were sampled in the latest forward pass.
         """
         samples = self._of_all_layers({**self._used_samples, **self._samples})
@@ -251,7 +255,7 @@ def _warn_of_large_patches(loss: PDCRLoss, extents: tuple[int, ...]) -> None:
     """Warn of patches that cover more than half of the image along every axis."""
     large = [
         (layer, tuple(patch.size))
-        for patches in loss.boxes_by_size
+        for patches in loss.patches_by_size
         for layer, patch in patches.items()
         if all(size > extent / 2 for size, extent in zip(patch.size, extents, strict=True))
     ]

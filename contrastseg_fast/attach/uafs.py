@@ -13,7 +13,8 @@ from contrastseg_fast.attach.gates import GATES, GateHook, Gates
 from contrastseg_fast.attach.layers import select_layers, select_stages
 from contrastseg_fast.attach.model_checks import check_example, check_model
 from contrastseg_fast.attach.pdcr import AttachedPDCR
-from contrastseg_fast.modules import UAFS, submodule_name
+from contrastseg_fast.projection import submodule_name
+from contrastseg_fast.uafs import UAFS
 
 
 def insert_uafs(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from contrastseg_fast import functional, modules, sampling
+from contrastseg_fast import functional, sampling, uafs
 from contrastseg_fast.experiments.datasets import DATASETS
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -107,7 +107,7 @@ class Gate(Section):
     kind: Literal["none", "uafs", "se", "cbam"] = "none"
     layers: Layers = "encoder"
     hidden_channels: Positive = 16
-    norm: Literal[modules.NORMS] = "batch"  # type: ignore[valid-type]
+    norm: Literal[uafs.NORMS] = "batch"  # type: ignore[valid-type]
 
 
 class Training(Section):

@@ -62,7 +62,7 @@ def examine(
 
     Args:
         labels: `(B, *spatial)`, integers.
-        boxes: the patches that belong to the vectors, by layer to sample them from; `PDCRLoss.boxes`.
+        boxes: the patches that belong to the vectors, by layer to sample them from; `PDCRLoss.patches`.
     """
     vectors: dict[str, list[Tensor]] = {name: [] for name in boxes}
     shapes: dict[str, Sequence[int]] = {}

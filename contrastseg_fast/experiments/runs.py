@@ -176,7 +176,7 @@ class Experiment:
             self._insert_gates(model, stages.named(config.gate.layers), example)
             layers = [str(name) for name in fields]
             pdcr = attach(layers, None if config.gate.kind == "uafs" else fields)
-        self.boxes = dict(pdcr.loss.boxes)
+        self.boxes = dict(pdcr.loss.patches)
         if config.pdcr.weight == 0:
             pdcr.remove()
         self.model = model.to(team.device)

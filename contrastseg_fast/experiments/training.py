@@ -126,7 +126,7 @@ def demo_trainer(run: Run, volume: Volume, num_steps: int, seed: int, backend: s
 def boxes(model: nn.Module, inputs: Tensor) -> dict[Any, ReceptiveField]:
     """The patches of the vectors of the demo's layers, as PDCR takes them."""
     fields = receptive_fields(model, (1, *inputs.shape[1:]), list(LAYERS))
-    return PDCRLoss(fields, num_classes=2, patch_size=PATCH_SIZE).boxes
+    return PDCRLoss(fields, num_classes=2, patch_size=PATCH_SIZE).patches
 
 
 def step_seconds(

@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from contrastseg_fast import _checks, modules
+from contrastseg_fast import _checks, pdcr_loss, uafs
 from contrastseg_fast.attach import AttachedPDCR, attach_pdcr, insert_uafs, remove_uafs
+from contrastseg_fast.patches import first_label_map
 from contrastseg_fast.receptive_field import ReceptiveField
 
 try:
@@ -72,7 +73,7 @@ class PDCRLoss(_Loss):
     ) -> None:
         super().__init__(reduction=LossReduction(reduction).value)
         self.to_onehot_y = to_onehot_y
-        self.pdcr = modules.PDCRLoss(
+        self.pdcr = pdcr_loss.PDCRLoss(
             receptive_fields,
             num_classes,
             include_background=include_background,
@@ -160,7 +161,8 @@ class RegularizedLoss(_Loss):
 
         Args:
             input: the model's output, as the segmentation loss takes it.
-            target: labels, as the segmentation loss takes them; PDCR takes the first, finest one of a list.
+            target: labels, as the segmentation loss takes them; of a list PDCR takes the first one, which
+                has the highest resolution.
 
         Returns:
             the segmentation loss plus the weighted regularizer, a plain tensor.
@@ -168,12 +170,12 @@ class RegularizedLoss(_Loss):
         Raises:
             TypeError, ValueError, RuntimeError: the segmentation loss or the regularizer raises.
         """
-        regularization = _plain(self.pdcr(_plain(modules.finest(target))))
+        regularization = _plain(self.pdcr(_plain(first_label_map(target))))
         self.last_pdcr = regularization.detach()
         return _plain(self.loss(input, target)) + self.weight * regularization
 
 
-class UAFS(modules.UAFS):
+class UAFS(uafs.UAFS):
     """Uncertainty-aware feature selection, its layers specified as everywhere in MONAI.
 
     Args:

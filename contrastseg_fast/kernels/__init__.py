@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; imported when an op first meets a CUDA tensor."""
+"""Triton kernels, a file or a folder for each operation; imported when one first gets a CUDA tensor."""

@@ -1,8 +1,8 @@
-"""Launch parameters, and choosing them by measurement where that is asked for.
+"""Launch parameters, and the choice of them by measurement if requested.
 
 With `CONTRASTSEG_FAST_AUTOTUNE=1`, the first call of every family of shapes times the candidates on its own
 data and keeps the fastest, by card and Triton version, in `launch.json` of `CONTRASTSEG_FAST_CACHE` (default:
-~/.cache/contrastseg_fast). Otherwise the tables in the kernels' files decide. `forced` overrules both.
+~/.cache/contrastseg_fast). Otherwise the tables in the kernels' plans decide. `forced` overrules both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _forced: dict[str, Launch] = {}  # by what the names of their families begin wit
 
 @contextmanager
 def forced(prefix: str, launch: Launch) -> Iterator[None]:
-    """Use `launch` for all families whose names begin with `prefix`, to measure what no table has."""
+    """Use `launch` for all families whose names begin with `prefix`, to measure launches of no table."""
     _forced[prefix] = launch
     try:
         yield
@@ -49,7 +49,7 @@ def tuned(
     tensor: Tensor,
     run: Callable[[Launch], object],
 ) -> Launch:
-    """The fastest launch for a family of shapes: `default`, unless tuning is asked for or a launch forced.
+    """The launch for a family of shapes: `default`, unless tuning is requested or a launch is forced.
 
     Args:
         family: what the choice depends on, in words.

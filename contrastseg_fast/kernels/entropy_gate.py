@@ -1,9 +1,9 @@
 """The entropy gate (Eqs. 8 to 10) in Triton, for cards without the compiled CUDA kernels.
 
-Tensors are `(B, channels, locations)`: features, their gradients and the gated features have adjoining
-channels (`channels_last`) or adjoining locations; logits may have any strides. A program owns some locations
-of one image: their uncertainty first, then their channels, a block at a time. The formulas are those of
-csrc/entropy_gate_math.h.
+Tensors are `(B, channels, locations)`. In features, gated features and the gradients of both, channels
+(`channels_last`) or locations are neighbours in memory; logits may have any strides. A program computes some
+locations of one image: first their uncertainty, then their channels, a block at a time. The formulas are
+those of csrc/entropy_gate_math.h.
 """
 
 from __future__ import annotations
@@ -30,166 +30,251 @@ LAUNCHES = {  # by channels_last, and the bytes of a feature
     True: {2: Launch(64, 16, 4), 4: Launch(64, 16, 4), 8: Launch(32, 16, 4)},
 }
 _VECTOR_BYTES = 16
-_SIZES = ("C", "M", "L", "tiles")
-_STRIDES = ("x_b", "x_run", "z_b", "z_m", "z_l", "y_b", "y_run")
-_GRAD_STRIDES = ("g_b", "g_run", "du_b", "dz_b", "dz_m", "dz_l")
+# Strides by axis: b images, m classes, l locations; r from one run of neighbours to the next.
+_UNSPECIALIZED = (
+    *("channels", "num_classes", "num_locations", "blocks"),
+    *(
+        f"{name}_stride_{axis}"
+        for name in ("features", "gated", "grad_gated", "grad_features")
+        for axis in "br"
+    ),
+    *(f"{name}_stride_{axis}" for name in ("logits", "grad_logits") for axis in "bml"),
+    "grad_uncertainty_stride_b",
+)
 
 
 @triton.jit
-def _softmax(p_z, z_m, M, mask, S: tl.constexpr):
-    """Of every location: the largest logit, 1 / sum, mean of t = z - largest, and the uncertainty."""
-    lowest: tl.constexpr = -708.0 if tl.float64 == S else -87.0
-    v_largest = tl.load(p_z, mask=mask, other=0.0).to(S)  # [BLOCK_L]
-    for m in range(1, M):
-        v_z = tl.load(p_z + m * z_m, mask=mask, other=0.0).to(S)
-        v_largest = tl.where(v_z > v_largest, v_z, v_largest)
+def _softmax(logits_ptrs, stride_m, num_classes, mask, DTYPE: tl.constexpr):
+    """Of every location: the largest logit, 1 / sum, mean of t = logit - largest, and the uncertainty."""
+    LOWEST: tl.constexpr = -708.0 if tl.float64 == DTYPE else -87.0
+    largest = tl.load(logits_ptrs, mask=mask, other=0.0).to(DTYPE)  # [BLOCK_L]
+    for m in range(1, num_classes):
+        logit = tl.load(logits_ptrs + m * stride_m, mask=mask, other=0.0).to(DTYPE)
+        largest = tl.where(logit > largest, logit, largest)
     # The largest logits add 1 each to `ones`: `rest` keeps what rounding their sum would lose.
-    v_ones = tl.zeros_like(v_largest)
-    v_rest = tl.zeros_like(v_largest)
-    v_weighted = tl.zeros_like(v_largest)
-    for m in range(M):
-        v_t = tl.load(p_z + m * z_m, mask=mask, other=0.0).to(S) - v_largest
-        v_t = tl.where(v_t < lowest, lowest, v_t)
-        v_e = tl.where(v_t <= lowest, 0.0, tl.exp(v_t))
-        v_ones += tl.where(v_t == 0.0, v_e, 0.0)
-        v_rest += tl.where(v_t == 0.0, 0.0, v_e)
-        v_weighted += v_e * v_t
-    v_sum = v_ones + v_rest
-    v_inverse = 1.0 / v_sum
-    v_mean = v_weighted * v_inverse
-    v_log_sum = tl.log(v_sum) + (v_rest - (v_sum - v_ones)) * v_inverse
-    v_u = (v_log_sum - v_mean) / tl.log(M.to(S))
-    return v_largest, v_inverse, v_mean, tl.where(v_u > 1.0, 1.0, v_u)
+    ones = tl.zeros_like(largest)
+    rest = tl.zeros_like(largest)
+    weighted = tl.zeros_like(largest)
+    for m in range(num_classes):
+        t = tl.load(logits_ptrs + m * stride_m, mask=mask, other=0.0).to(DTYPE) - largest
+        t = tl.where(t < LOWEST, LOWEST, t)
+        exponential = tl.where(t <= LOWEST, 0.0, tl.exp(t))
+        ones += tl.where(t == 0.0, exponential, 0.0)
+        rest += tl.where(t == 0.0, 0.0, exponential)
+        weighted += exponential * t
+    total = ones + rest
+    inverse_total = 1.0 / total
+    mean = weighted * inverse_total
+    log_total = tl.log(total) + (rest - (total - ones)) * inverse_total
+    uncertainty = (log_total - mean) / tl.log(num_classes.to(DTYPE))
+    return largest, inverse_total, mean, tl.where(uncertainty > 1.0, 1.0, uncertainty)
 
 
 @triton.jit
-def _place(L, tiles, BLOCK_L: tl.constexpr):
-    """Image, locations [BLOCK_L], and which of them there are."""
+def _place(num_locations, blocks, BLOCK_L: tl.constexpr):
+    """The image of a program, its locations [BLOCK_L], and which of them exist."""
     program = tl.program_id(0).to(tl.int64)
-    v_l = (program % tiles) * BLOCK_L + tl.arange(0, BLOCK_L)
-    return program // tiles, v_l, v_l < L
+    location = (program % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    return program // blocks, location, location < num_locations
 
 
 @triton.jit
-def _offsets(image, v_c, v_l, stride, run, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Of features, [BLOCK_C, BLOCK_L]; every VECTOR of them that adjoin begin at a multiple of VECTOR."""
+def _offsets(image, c, location, stride_b, stride_r, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of features, [BLOCK_C, BLOCK_L]; every VECTOR neighbours begin at a multiple of VECTOR."""
     if CHANNELS_LAST:
-        offsets = image * stride + v_l[None, :] * run + v_c[:, None]
+        offsets = image * stride_b + location[None, :] * stride_r + c[:, None]
         return tl.multiple_of(offsets, (VECTOR, 1))
-    offsets = image * stride + v_c[:, None].to(tl.int64) * run + v_l[None, :]
+    offsets = image * stride_b + c[:, None].to(tl.int64) * stride_r + location[None, :]
     return tl.multiple_of(offsets, (1, VECTOR))
 
 
 @triton.jit
-def _mask(v_c, v_l, C, L, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Which features there are, [BLOCK_C, BLOCK_L]; the quotients tell that it is all of a vector or none."""
+def _mask(c, location, channels, num_locations, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Which features exist, [BLOCK_C, BLOCK_L]; the quotients tell that it is all of a vector or none."""
     if CHANNELS_LAST:
-        return (v_c // VECTOR < C // VECTOR)[:, None] & (v_l < L)[None, :]
-    return (v_c < C)[:, None] & (v_l // VECTOR < L // VECTOR)[None, :]
+        return (c // VECTOR < channels // VECTOR)[:, None] & (location < num_locations)[None, :]
+    return (c < channels)[:, None] & (location // VECTOR < num_locations // VECTOR)[None, :]
 
 
-@triton.jit(do_not_specialize=(*_SIZES, *_STRIDES))
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def entropy_gate_fwd_kernel(
-    p_x,
-    p_z,
-    p_y,
-    p_u,
-    C,
-    M,
-    L,
-    tiles,
-    x_b,
-    x_run,
-    z_b,
-    z_m,
-    z_l,
-    y_b,
-    y_run,
+    features_ptr,  # (B, C, L)
+    logits_ptr,  # (B, M, L), any strides
+    gated_ptr,  # (B, C, L)
+    uncertainty_ptr,  # (B, 1, L), contiguous
+    channels,
+    num_classes,
+    num_locations,
+    blocks,  # of an image
+    features_stride_b,
+    features_stride_r,
+    logits_stride_b,
+    logits_stride_m,
+    logits_stride_l,
+    gated_stride_b,
+    gated_stride_r,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    S: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    image, v_l, mask_l = _place(L, tiles, BLOCK_L)
-    _, _, _, v_u = _softmax(p_z + image * z_b + v_l * z_l, z_m, M, mask_l, S)
-    tl.store(p_u + image * L + v_l, v_u, mask=mask_l)
-    v_gate = 2.0 - v_u
-    for c in range(0, C, BLOCK_C):
-        v_c = c + tl.arange(0, BLOCK_C)
-        mask = _mask(v_c, v_l, C, L, CHANNELS_LAST, VECTOR)
-        v_x = tl.load(
-            p_x + _offsets(image, v_c, v_l, x_b, x_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+    """Features times 2 - u, and the uncertainty u."""
+    DTYPE: tl.constexpr = tl.float64 if features_ptr.dtype.element_ty == tl.float64 else tl.float32
+    image, location, exists = _place(num_locations, blocks, BLOCK_L)
+    logits_ptrs = logits_ptr + image * logits_stride_b + location * logits_stride_l
+    _, _, _, uncertainty = _softmax(logits_ptrs, logits_stride_m, num_classes, exists, DTYPE)
+    tl.store(uncertainty_ptr + image * num_locations + location, uncertainty, mask=exists)
+    gate = 2.0 - uncertainty
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = _mask(c, location, channels, num_locations, CHANNELS_LAST, VECTOR)
+        offsets = _offsets(image, c, location, features_stride_b, features_stride_r, CHANNELS_LAST, VECTOR)
+        features = tl.load(features_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_L]
+        offsets = _offsets(image, c, location, gated_stride_b, gated_stride_r, CHANNELS_LAST, VECTOR)
+        gated = narrow(features.to(DTYPE) * gate[None, :], gated_ptr.dtype.element_ty)
+        tl.store(gated_ptr + offsets, gated, mask=mask)
+
+
+def forward(
+    features: Tensor, logits: Tensor, channels_last: bool, gated: Tensor, uncertainty: Tensor
+) -> None:
+    """Fill `gated` and `uncertainty`."""
+    launch = LAUNCHES[channels_last][features.element_size()]
+    grid, sizes = _grid(features, logits, launch.block_l)
+    with on(features):
+        entropy_gate_fwd_kernel[grid](
+            features_ptr=features,
+            logits_ptr=logits,
+            gated_ptr=gated,
+            uncertainty_ptr=uncertainty,
+            **sizes,
+            features_stride_b=features.stride(0),
+            features_stride_r=_run_stride(features, channels_last),
+            logits_stride_b=logits.stride(0),
+            logits_stride_m=logits.stride(1),
+            logits_stride_l=logits.stride(2),
+            gated_stride_b=gated.stride(0),
+            gated_stride_r=_run_stride(gated, channels_last),
+            **_options(channels_last, launch, features, gated),
         )
-        p_out = p_y + _offsets(image, v_c, v_l, y_b, y_run, CHANNELS_LAST, VECTOR)
-        tl.store(p_out, narrow(v_x.to(S) * v_gate[None, :], p_y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=(*_SIZES, *_STRIDES, *_GRAD_STRIDES))
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def entropy_gate_bwd_kernel(
-    p_g,
-    p_du,
-    p_x,
-    p_z,
-    p_y,
-    p_dz,
-    C,
-    M,
-    L,
-    tiles,
-    g_b,
-    g_run,
-    du_b,
-    x_b,
-    x_run,
-    z_b,
-    z_m,
-    z_l,
-    y_b,
-    y_run,
-    dz_b,
-    dz_m,
-    dz_l,
-    HAS_GRAD: tl.constexpr,
-    HAS_GRAD_U: tl.constexpr,
+    grad_gated_ptr,  # (B, C, L), read if HAS_GRAD_GATED
+    grad_uncertainty_ptr,  # (B, 1, L), locations neighbours, read if HAS_GRAD_UNCERTAINTY
+    features_ptr,  # (B, C, L)
+    logits_ptr,  # (B, M, L), any strides
+    grad_features_ptr,  # (B, C, L), written if HAS_GRAD_GATED
+    grad_logits_ptr,  # (B, M, L), any strides
+    channels,
+    num_classes,
+    num_locations,
+    blocks,  # of an image
+    grad_gated_stride_b,
+    grad_gated_stride_r,
+    grad_uncertainty_stride_b,
+    features_stride_b,
+    features_stride_r,
+    logits_stride_b,
+    logits_stride_m,
+    logits_stride_l,
+    grad_features_stride_b,
+    grad_features_stride_r,
+    grad_logits_stride_b,
+    grad_logits_stride_m,
+    grad_logits_stride_l,
+    HAS_GRAD_GATED: tl.constexpr,
+    HAS_GRAD_UNCERTAINTY: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    S: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    lowest: tl.constexpr = -708.0 if tl.float64 == S else -87.0
-    image, v_l, mask_l = _place(L, tiles, BLOCK_L)
-    p_logits = p_z + image * z_b + v_l * z_l
-    v_largest, v_inverse, v_mean, v_u = _softmax(p_logits, z_m, M, mask_l, S)
-    v_grad = tl.zeros_like(v_u)  # of u: the gate is 2 - u
-    if HAS_GRAD:
-        v_gate = 2.0 - v_u
-        v_sums = tl.zeros((BLOCK_C, BLOCK_L), S)
-        for c in range(0, C, BLOCK_C):
-            v_c = c + tl.arange(0, BLOCK_C)
-            mask = _mask(v_c, v_l, C, L, CHANNELS_LAST, VECTOR)
-            v_g = tl.load(
-                p_g + _offsets(image, v_c, v_l, g_b, g_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+    """The gradients of features and logits."""
+    DTYPE: tl.constexpr = tl.float64 if features_ptr.dtype.element_ty == tl.float64 else tl.float32
+    LOWEST: tl.constexpr = -708.0 if tl.float64 == DTYPE else -87.0
+    image, location, exists = _place(num_locations, blocks, BLOCK_L)
+    logits_ptrs = logits_ptr + image * logits_stride_b + location * logits_stride_l
+    largest, inverse_total, mean, uncertainty = _softmax(
+        logits_ptrs, logits_stride_m, num_classes, exists, DTYPE
+    )
+    grad = tl.zeros_like(uncertainty)  # of u: the gate is 2 - u
+    if HAS_GRAD_GATED:
+        gate = 2.0 - uncertainty
+        sums = tl.zeros((BLOCK_C, BLOCK_L), DTYPE)
+        for first in range(0, channels, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            mask = _mask(c, location, channels, num_locations, CHANNELS_LAST, VECTOR)
+            offsets = _offsets(
+                image, c, location, grad_gated_stride_b, grad_gated_stride_r, CHANNELS_LAST, VECTOR
             )
-            v_x = tl.load(
-                p_x + _offsets(image, v_c, v_l, x_b, x_run, CHANNELS_LAST, VECTOR), mask=mask, other=0.0
+            grad_gated = tl.load(grad_gated_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_L]
+            offsets = _offsets(
+                image, c, location, features_stride_b, features_stride_r, CHANNELS_LAST, VECTOR
             )
-            v_g = v_g.to(S)
-            v_sums += v_g * v_x.to(S)
-            p_out = p_y + _offsets(image, v_c, v_l, y_b, y_run, CHANNELS_LAST, VECTOR)
-            tl.store(p_out, narrow(v_g * v_gate[None, :], p_y.dtype.element_ty), mask=mask)
-        v_grad = -tl.sum(v_sums, axis=0)
-    if HAS_GRAD_U:
-        v_grad += tl.load(p_du + image * du_b + v_l, mask=mask_l, other=0.0)
-    v_scale = v_grad * v_inverse / tl.log(M.to(S))
-    for m in range(M):
-        v_t = tl.load(p_logits + m * z_m, mask=mask_l, other=0.0).to(S) - v_largest
-        v_t = tl.where(v_t < lowest, lowest, v_t)
-        v_e = tl.where(v_t <= lowest, 0.0, tl.exp(v_t))
-        v_dz = v_scale * v_e * (v_mean - v_t)
-        p_out = p_dz + image * dz_b + v_l * dz_l + m * dz_m
-        tl.store(p_out, narrow(v_dz, p_dz.dtype.element_ty), mask=mask_l)
+            features = tl.load(features_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_L]
+            grad_gated = grad_gated.to(DTYPE)
+            sums += grad_gated * features.to(DTYPE)
+            offsets = _offsets(
+                image, c, location, grad_features_stride_b, grad_features_stride_r, CHANNELS_LAST, VECTOR
+            )
+            grad_features = narrow(grad_gated * gate[None, :], grad_features_ptr.dtype.element_ty)
+            tl.store(grad_features_ptr + offsets, grad_features, mask=mask)
+        grad = -tl.sum(sums, axis=0)
+    if HAS_GRAD_UNCERTAINTY:
+        grad_ptrs = grad_uncertainty_ptr + image * grad_uncertainty_stride_b + location
+        grad += tl.load(grad_ptrs, mask=exists, other=0.0)
+    factor = grad * inverse_total / tl.log(num_classes.to(DTYPE))
+    grad_logits_ptrs = grad_logits_ptr + image * grad_logits_stride_b + location * grad_logits_stride_l
+    for m in range(num_classes):
+        t = tl.load(logits_ptrs + m * logits_stride_m, mask=exists, other=0.0).to(DTYPE) - largest
+        t = tl.where(t < LOWEST, LOWEST, t)
+        exponential = tl.where(t <= LOWEST, 0.0, tl.exp(t))
+        grad_logit = narrow(factor * exponential * (mean - t), grad_logits_ptr.dtype.element_ty)
+        tl.store(grad_logits_ptrs + m * grad_logits_stride_m, grad_logit, mask=exists)
+
+
+def backward(
+    grad_gated: Tensor | None,
+    grad_uncertainty: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    channels_last: bool,
+    grad_features: Tensor,
+    grad_logits: Tensor,
+) -> None:
+    """Fill `grad_features`, unless there is no `grad_gated`, and `grad_logits`."""
+    launch = LAUNCHES[channels_last][features.element_size()]
+    grid, sizes = _grid(features, logits, launch.block_l)
+    given_gated = features if grad_gated is None else grad_gated  # what is absent is not read
+    given_uncertainty = features if grad_uncertainty is None else grad_uncertainty
+    with on(features):
+        entropy_gate_bwd_kernel[grid](
+            grad_gated_ptr=given_gated,
+            grad_uncertainty_ptr=given_uncertainty,
+            features_ptr=features,
+            logits_ptr=logits,
+            grad_features_ptr=grad_features,
+            grad_logits_ptr=grad_logits,
+            **sizes,
+            grad_gated_stride_b=given_gated.stride(0),
+            grad_gated_stride_r=_run_stride(given_gated, channels_last),
+            grad_uncertainty_stride_b=given_uncertainty.stride(0),
+            features_stride_b=features.stride(0),
+            features_stride_r=_run_stride(features, channels_last),
+            logits_stride_b=logits.stride(0),
+            logits_stride_m=logits.stride(1),
+            logits_stride_l=logits.stride(2),
+            grad_features_stride_b=grad_features.stride(0),
+            grad_features_stride_r=_run_stride(grad_features, channels_last),
+            grad_logits_stride_b=grad_logits.stride(0),
+            grad_logits_stride_m=grad_logits.stride(1),
+            grad_logits_stride_l=grad_logits.stride(2),
+            HAS_GRAD_GATED=grad_gated is not None,
+            HAS_GRAD_UNCERTAINTY=grad_uncertainty is not None,
+            **_options(channels_last, launch, given_gated, features, grad_features),
+        )
 
 
 def _run_stride(x: Tensor, channels_last: bool) -> int:
@@ -210,13 +295,20 @@ def _vector(channels_last: bool, *tensors: Tensor) -> int:
     return vector if whole else 1
 
 
-def _grid(x: Tensor, block_l: int) -> tuple[tuple[int], dict[str, int]]:
-    """The launch grid, and the locations' blocks of an image."""
-    tiles = triton.cdiv(x.shape[2], block_l)
-    return (x.shape[0] * tiles,), {"C": x.shape[1], "L": x.shape[2], "tiles": tiles}
+def _grid(features: Tensor, logits: Tensor, block_l: int) -> tuple[tuple[int], dict[str, int]]:
+    """The launch grid, and the sizes by the names of the kernels' arguments."""
+    images, channels, num_locations = features.shape
+    blocks = triton.cdiv(num_locations, block_l)
+    return (images * blocks,), {
+        "channels": channels,
+        "num_classes": logits.shape[1],
+        "num_locations": num_locations,
+        "blocks": blocks,
+    }
 
 
 def _options(channels_last: bool, launch: Launch, *features: Tensor) -> dict[str, Any]:
+    """Constexprs and options of both kernels; `features` are all tensors that are moved in vectors."""
     return {
         "CHANNELS_LAST": channels_last,
         "VECTOR": _vector(channels_last, *features),
@@ -225,69 +317,3 @@ def _options(channels_last: bool, launch: Launch, *features: Tensor) -> dict[str
         "num_warps": launch.num_warps,
         "enable_fp_fusion": True,
     }
-
-
-def forward(x: Tensor, z: Tensor, channels_last: bool, gated: Tensor, uncertainty: Tensor) -> None:
-    """Fill `gated` and `uncertainty` from features `x` and logits `z`."""
-    launch = LAUNCHES[channels_last][x.element_size()]
-    grid, sizes = _grid(x, launch.block_l)
-    with on(x):
-        entropy_gate_fwd_kernel[grid](
-            p_x=x,
-            p_z=z,
-            p_y=gated,
-            p_u=uncertainty,
-            **sizes,
-            M=z.shape[1],
-            x_b=x.stride(0),
-            x_run=_run_stride(x, channels_last),
-            z_b=z.stride(0),
-            z_m=z.stride(1),
-            z_l=z.stride(2),
-            y_b=gated.stride(0),
-            y_run=_run_stride(gated, channels_last),
-            **_options(channels_last, launch, x, gated),
-        )
-
-
-def backward(
-    grad_gated: Tensor | None,
-    grad_uncertainty: Tensor | None,
-    x: Tensor,
-    z: Tensor,
-    channels_last: bool,
-    grad_x: Tensor,
-    grad_z: Tensor,
-) -> None:
-    """Fill `grad_x`, unless there is no `grad_gated`, and `grad_z`."""
-    launch = LAUNCHES[channels_last][x.element_size()]
-    grid, sizes = _grid(x, launch.block_l)
-    g = x if grad_gated is None else grad_gated  # what is absent is not read
-    du = x if grad_uncertainty is None else grad_uncertainty
-    with on(x):
-        entropy_gate_bwd_kernel[grid](
-            p_g=g,
-            p_du=du,
-            p_x=x,
-            p_z=z,
-            p_y=grad_x,
-            p_dz=grad_z,
-            **sizes,
-            M=z.shape[1],
-            g_b=g.stride(0),
-            g_run=_run_stride(g, channels_last),
-            du_b=du.stride(0),
-            x_b=x.stride(0),
-            x_run=_run_stride(x, channels_last),
-            z_b=z.stride(0),
-            z_m=z.stride(1),
-            z_l=z.stride(2),
-            y_b=grad_x.stride(0),
-            y_run=_run_stride(grad_x, channels_last),
-            dz_b=grad_z.stride(0),
-            dz_m=grad_z.stride(1),
-            dz_l=grad_z.stride(2),
-            HAS_GRAD=grad_gated is not None,
-            HAS_GRAD_U=grad_uncertainty is not None,
-            **_options(channels_last, launch, g, x, grad_x),
-        )

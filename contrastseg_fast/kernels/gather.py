@@ -1,11 +1,11 @@
-"""Taking vectors out of feature maps on a GPU, and writing the dense gradient of a map.
+"""Gathers vectors from feature maps on a GPU, and writes the dense gradient of a map.
 
-A map is seen as `(B, C, S)` with S positions: contiguous (positions are neighbours in memory) or
-channels-last (channels are). Tiles are read and written along what is near in memory.
+A map is a tensor `(B, C, S)` with S positions: contiguous (positions are neighbours in memory) or
+channels-last (channels are). Tiles are read and written along the axis whose elements are neighbours.
 
-The gradient is written once, zeros included. For that, each position is told the first and the last of its
-vectors, by integer atomics whose order does not matter. Vectors between the two that share the position are
-found by looking at all between: the library's samplers never repeat a position, so this rarely happens.
+The gradient is written once, zeros included. Each position first gets the first and the last of its vectors,
+by integer atomics whose order does not matter. Vectors between these two that share the position are found by
+checking all vectors between. The library's samplers never repeat a position, so this rarely happens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 # By whether channels are neighbours in memory.
 GATHER = {False: Launch(32, 32, 4), True: Launch(16, 64, 4)}
 SCATTER = {False: Launch(64, 32, 4), True: Launch(16, 64, 4)}
-LOCATE = (256, 4)  # vectors of a program, warps
+LOCATE = Launch(256, 1, 4)  # it reads positions alone
 
 # Sizes may still be specialised for being multiples of 16: rows are then aligned, and written in wide words.
 _STRIDES = (
@@ -45,7 +45,7 @@ _STRIDES = (
 @triton.jit(do_not_specialize=("num_vectors", "num_positions", *_STRIDES))
 def gather_kernel(
     features_ptr,  # (B, C, S), any strides
-    position_ptr,  # (N)
+    positions_ptr,  # (N)
     vectors_ptr,  # (B, N, C)
     num_vectors,
     num_positions,
@@ -57,14 +57,14 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Copies tiles of vectors; where channels lie far apart, it reads along the positions."""
+    """Copies tiles of vectors. It reads along the positions unless channels are neighbours."""
     blocks_c = tl.cdiv(channels, BLOCK_C)
     blocks = tl.cdiv(num_vectors, BLOCK_N) * blocks_c
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     n = (block // blocks_c).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     c = (block % blocks_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    position = tl.load(position_ptr + n, n < num_vectors, -1)
+    position = tl.load(positions_ptr + n, n < num_vectors, -1)
     inside = (position >= 0) & (position < num_positions)
     features_ptr += image * features_stride_b
     if CHANNELS_LAST:
@@ -77,9 +77,39 @@ def gather_kernel(
     tl.store(vector_ptrs, tile, (n < num_vectors)[:, None] & (c < channels)[None, :])
 
 
+def gather_vectors(features: Tensor, positions: Tensor) -> Tensor:
+    """As the op."""
+    flat = features.flatten(2)  # a view of contiguous and channels-last maps
+    images, channels, num_positions = flat.shape
+    num_vectors = positions.shape[0]
+    vectors = features.new_empty(images, num_vectors, channels)
+    channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
+    launch = GATHER[channels_last]
+    blocks = triton.cdiv(num_vectors, launch.block_positions) * triton.cdiv(channels, launch.block_channels)
+    if images * blocks > 0:
+        with on(features):
+            gather_kernel[(images * blocks,)](
+                features_ptr=flat,
+                positions_ptr=positions.contiguous(),
+                vectors_ptr=vectors,
+                num_vectors=num_vectors,
+                num_positions=num_positions,
+                channels=channels,
+                features_stride_b=flat.stride(0),
+                features_stride_c=flat.stride(1),
+                features_stride_s=flat.stride(2),
+                CHANNELS_LAST=channels_last,
+                BLOCK_N=launch.block_positions,
+                BLOCK_C=launch.block_channels,
+                num_warps=launch.num_warps,
+                enable_fp_fusion=True,
+            )
+    return vectors
+
+
 @triton.jit(do_not_specialize=("num_vectors", "num_positions"))
 def locate_kernel(
-    position_ptr,  # (N)
+    positions_ptr,  # (N)
     found_ptr,  # (2, S), -1 everywhere
     num_vectors,
     num_positions,
@@ -87,10 +117,27 @@ def locate_kernel(
 ):
     """The last vector at each position, and the first one counted from behind; -1 where there is none."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    position = tl.load(position_ptr + n, n < num_vectors, -1)
+    position = tl.load(positions_ptr + n, n < num_vectors, -1)
     inside = (position >= 0) & (position < num_positions)
     tl.atomic_max(found_ptr + position, n, inside, sem="relaxed")
     tl.atomic_max(found_ptr + num_positions + position, num_vectors - 1 - n, inside, sem="relaxed")
+
+
+def _locate(positions: Tensor, num_positions: int) -> Tensor:
+    """`(2, S)`: what `locate_kernel` finds at each position."""
+    found = torch.full((2, num_positions), -1, dtype=torch.int32, device=positions.device)
+    num_vectors = positions.shape[0]
+    if num_vectors > 0:
+        locate_kernel[(triton.cdiv(num_vectors, LOCATE.block_positions),)](
+            positions_ptr=positions,
+            found_ptr=found,
+            num_vectors=num_vectors,
+            num_positions=num_positions,
+            BLOCK_N=LOCATE.block_positions,
+            num_warps=LOCATE.num_warps,
+            enable_fp_fusion=True,
+        )
+    return found
 
 
 @triton.jit
@@ -111,9 +158,9 @@ def _grad_tile(grad_ptr, n, c, channels, present, grad_stride_n, grad_stride_c, 
 @triton.jit(do_not_specialize=("num_vectors", *_STRIDES))
 def gather_bwd_kernel(
     grad_ptr,  # (B, N, C), any strides
-    position_ptr,  # (N)
+    positions_ptr,  # (N)
     found_ptr,  # (2, S)
-    features_grad_ptr,  # (B, C, S), or (B, S, C) if CHANNELS_LAST
+    grad_features_ptr,  # (B, C, S), or (B, S, C) if CHANNELS_LAST
     num_vectors,
     num_positions,
     channels,
@@ -140,80 +187,40 @@ def gather_bwd_kernel(
     begin = tl.min(tl.where(repeated, first, num_vectors)) + 1
     end = tl.max(tl.where(repeated, last, -1)) + 1
     for n in range(begin, end):
-        again = repeated & (n > first) & (tl.load(position_ptr + n) == s)
+        again = repeated & (n > first) & (tl.load(positions_ptr + n) == s)
         vector = tl.zeros([BLOCK_S], tl.int32) + n
         tile += _grad_tile(grad_ptr, vector, c, channels, again, grad_stride_n, grad_stride_c, CHANNELS_LAST)
-    tile = narrow(tile, features_grad_ptr.dtype.element_ty)
+    tile = narrow(tile, grad_features_ptr.dtype.element_ty)
     if CHANNELS_LAST:
-        ptrs = features_grad_ptr + (image * num_positions + s)[:, None] * channels + c[None, :]
+        ptrs = grad_features_ptr + (image * num_positions + s)[:, None] * channels + c[None, :]
         tl.store(ptrs, tile, inside[:, None] & (c < channels)[None, :])
     else:
-        ptrs = features_grad_ptr + (image * channels + c)[:, None] * num_positions + s[None, :]
+        ptrs = grad_features_ptr + (image * channels + c)[:, None] * num_positions + s[None, :]
         tl.store(ptrs, tile, (c < channels)[:, None] & inside[None, :])
 
 
-def gather_vectors(features: Tensor, position: Tensor) -> Tensor:
-    """As the op."""
-    flat = features.flatten(2)  # a view of contiguous and channels-last maps
-    images, channels, num_positions = flat.shape
-    num_vectors = position.shape[0]
-    vectors = features.new_empty(images, num_vectors, channels)
-    channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
-    launch = GATHER[channels_last]
-    blocks = triton.cdiv(num_vectors, launch.block_positions) * triton.cdiv(channels, launch.block_channels)
-    if images * blocks > 0:
-        with on(features):
-            gather_kernel[(images * blocks,)](
-                features_ptr=flat,
-                position_ptr=position.contiguous(),
-                vectors_ptr=vectors,
-                num_vectors=num_vectors,
-                num_positions=num_positions,
-                channels=channels,
-                features_stride_b=flat.stride(0),
-                features_stride_c=flat.stride(1),
-                features_stride_s=flat.stride(2),
-                CHANNELS_LAST=channels_last,
-                BLOCK_N=launch.block_positions,
-                BLOCK_C=launch.block_channels,
-                num_warps=launch.num_warps,
-                enable_fp_fusion=True,
-            )
-    return vectors
-
-
 def gather_vectors_backward(
-    grad: Tensor, position: Tensor, shape: Sequence[int], channels_last: bool
+    grad: Tensor, positions: Tensor, shape: Sequence[int], channels_last: bool
 ) -> Tensor:
     """As the op."""
     images, channels, *spatial = shape
-    num_vectors, num_positions = position.shape[0], math.prod(spatial)
+    num_vectors, num_positions = positions.shape[0], math.prod(spatial)
     if channels_last:
-        features_grad = grad.new_empty(images, *spatial, channels).movedim(-1, 1)
+        grad_features = grad.new_empty(images, *spatial, channels).movedim(-1, 1)
     else:
-        features_grad = grad.new_empty(*shape)
+        grad_features = grad.new_empty(*shape)
     launch = SCATTER[channels_last]
     blocks = triton.cdiv(num_positions, launch.block_positions) * triton.cdiv(channels, launch.block_channels)
     if images * blocks == 0:
-        return features_grad
-    position = position.contiguous()
+        return grad_features
+    positions = positions.contiguous()
     with on(grad):
-        found = torch.full((2, num_positions), -1, dtype=torch.int32, device=grad.device)
-        if num_vectors > 0:
-            locate_kernel[(triton.cdiv(num_vectors, LOCATE[0]),)](
-                position_ptr=position,
-                found_ptr=found,
-                num_vectors=num_vectors,
-                num_positions=num_positions,
-                BLOCK_N=LOCATE[0],
-                num_warps=LOCATE[1],
-                enable_fp_fusion=True,
-            )
+        found = _locate(positions, num_positions)
         gather_bwd_kernel[(images * blocks,)](
             grad_ptr=grad,
-            position_ptr=position,
+            positions_ptr=positions,
             found_ptr=found,
-            features_grad_ptr=features_grad,
+            grad_features_ptr=grad_features,
             num_vectors=num_vectors,
             num_positions=num_positions,
             channels=channels,
@@ -226,4 +233,4 @@ def gather_vectors_backward(
             num_warps=launch.num_warps,
             enable_fp_fusion=True,
         )
-    return features_grad
+    return grad_features

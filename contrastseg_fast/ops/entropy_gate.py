@@ -8,30 +8,30 @@ With `a = softmax(logits)` over the M classes of a location:
 the features. Results are contiguous, or channels-last where features (for the logits' gradient: logits) are.
 A logit of -inf is a class ruled out; NaN, +inf, or nothing but -inf at a location give NaN, as in softmax.
 
-The default kernels below are plain PyTorch; the CPU's C++ kernels replace them. On CUDA tensors
-`entropy_gate_forward` takes the CUDA kernels, else the Triton kernels, else the default;
-`entropy_gate_forward_cuda` and `entropy_gate_forward_triton` take the one they are named after.
+`_forward` and `_backward` are plain PyTorch. The C++ extension (csrc/cpu) replaces them on the CPU; on a GPU
+the CUDA kernels (csrc/cuda) or the Triton kernels (kernels/entropy_gate.py) do. These two fill results that
+`launch_forward` and `launch_backward` allocate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastseg_fast import _backend
+from contrastseg_fast.ops._dispatch import Operation, pick
 from contrastseg_fast.ops._library import (
     LIBRARY,
-    NAMESPACE,
     accumulation_dtype,
     define,
     forbid_second_derivative,
+    register_autograd,
 )
 
+OPERATION = Operation("entropy_gate", on_cuda=("cuda", "triton"))
 Launch = Callable[..., None]
 
 
@@ -59,14 +59,18 @@ def _uncertainty(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return log_a, (entropy / math.log(logits.shape[1])).clamp(max=1)
 
 
-def _forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(features: Tensor, logits: Tensor, _backend: str = "auto") -> tuple[Tensor, Tensor]:
     with torch.autocast(features.device.type, enabled=False):
         _, u = _uncertainty(features, logits)
         return _dense(features * (2 - u), features), u.contiguous()
 
 
 def _backward(
-    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
+    grad_gated: Tensor | None,
+    grad_uncertainty: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    _backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(features.device.type, enabled=False):
         log_a, u = _uncertainty(features, logits)
@@ -80,7 +84,7 @@ def _backward(
         return _dense(grad_features, features), _dense(grad_logits, logits)
 
 
-def _forward_fake(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_fake(features: Tensor, logits: Tensor, _backend: str = "auto") -> tuple[Tensor, Tensor]:
     uncertainty = logits.new_empty(
         (logits.shape[0], 1, *logits.shape[2:]), dtype=_accumulation_dtype(features, logits)
     )
@@ -88,7 +92,11 @@ def _forward_fake(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(
-    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
+    _grad_gated: Tensor | None,
+    _grad_uncertainty: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    _backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(features, memory_format=_memory_format(features)),
@@ -108,11 +116,11 @@ def _locations(x: Tensor, channels_last: bool | None = None) -> Tensor:
     return flat.mT.contiguous().mT if channels_last else flat.contiguous()
 
 
-def _launch_forward(launch: Launch, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def launch_forward(launch: Launch, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate the results, and have `launch` fill them."""
     computed = _accumulation_dtype(features, logits)
     if computed == torch.float64 and features.dtype != logits.dtype:
-        gated, u = _launch_forward(launch, features.to(computed), logits.to(computed))
+        gated, u = launch_forward(launch, features.to(computed), logits.to(computed))
         return gated.to(features.dtype), u
     gated, u = _forward_fake(features, logits)
     if u.numel() > 0:
@@ -122,7 +130,7 @@ def _launch_forward(launch: Launch, features: Tensor, logits: Tensor) -> tuple[T
     return gated, u
 
 
-def _launch_backward(
+def launch_backward(
     launch: Launch,
     grad_gated: Tensor | None,
     grad_uncertainty: Tensor | None,
@@ -131,7 +139,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:
     computed = _accumulation_dtype(features, logits)
     if computed == torch.float64 and features.dtype != logits.dtype:
-        grads = _launch_backward(
+        grads = launch_backward(
             launch, grad_gated, grad_uncertainty, features.to(computed), logits.to(computed)
         )
         return grads[0].to(features.dtype), grads[1].to(logits.dtype)
@@ -150,100 +158,53 @@ def _launch_backward(
     return grad_features, grad_logits
 
 
-def _triton_kernels() -> ModuleType:
-    import contrastseg_fast.kernels.entropy_gate as kernels
+def _launches(choice: str) -> tuple[Launch, Launch]:
+    """What fills the results, forward and backward, on a GPU."""
+    if choice == "cuda":  # operators whose kernels the CUDA library registers
+        operators = torch.ops.contrastseg_fast
+        return (
+            operators.entropy_gate_forward_launch.default,
+            operators.entropy_gate_backward_launch.default,
+        )
+    from contrastseg_fast.kernels import entropy_gate as kernels
 
-    return kernels
-
-
-def _forward_triton(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_forward(_triton_kernels().forward, features, logits)
-
-
-def _backward_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _launch_backward(_triton_kernels().backward, *inputs)
-
-
-def _cuda_kernels(device: torch.device) -> Any:
-    """The namespace of the launching operators, whose kernels the CUDA library registers."""
-    if device.type == "cuda" and (reason := _backend.unavailable("cuda", device)) is not None:
-        raise RuntimeError(f"entropy_gate: the CUDA kernels cannot run: {reason}")
-    return torch.ops.contrastseg_fast
+    return kernels.forward, kernels.backward
 
 
-def _forward_cuda(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = _cuda_kernels(features.device)
-    return _launch_forward(kernels.entropy_gate_forward_launch.default, features, logits)
+def entropy_gate_forward_on_cuda(features: Tensor, logits: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    choice = pick(OPERATION, backend, features)
+    if choice == "plain":
+        return _forward(features, logits)
+    return launch_forward(_launches(choice)[0], features, logits)
 
 
-def _backward_cuda(
-    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
+def entropy_gate_backward_on_cuda(
+    grad_gated: Tensor | None,
+    grad_uncertainty: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    launch = _cuda_kernels(features.device).entropy_gate_backward_launch.default
-    return _launch_backward(launch, grad_gated, grad_uncertainty, features, logits)
+    inputs = (grad_gated, grad_uncertainty, features, logits)
+    choice = pick(OPERATION, backend, features)
+    return _backward(*inputs) if choice == "plain" else launch_backward(_launches(choice)[1], *inputs)
 
 
-def _choose(device: torch.device) -> str:
-    """The implementation for CUDA tensors that nobody chose one for: `"cuda"`, `"triton"` or `"default"`."""
-    missing = _backend.unavailable("cuda", device)
-    if missing is None:
-        return "cuda"
-    choice = "triton" if _backend.unavailable("triton", device) is None else "default"
-    words = {"triton": "Triton kernels", "default": "plain PyTorch"}
-    _backend.warn_once(f"entropy_gate runs in {words[choice]}, as the CUDA kernels cannot run: {missing}")
-    return choice
-
-
-def _forward_chosen(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    forwards = {"cuda": _forward_cuda, "triton": _forward_triton, "default": _forward}
-    return forwards[_choose(features.device)](features, logits)
-
-
-def _backward_chosen(
-    grad_gated: Tensor | None, grad_uncertainty: Tensor | None, features: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor]:
-    backwards = {"cuda": _backward_cuda, "triton": _backward_triton, "default": _backward}
-    return backwards[_choose(features.device)](grad_gated, grad_uncertainty, features, logits)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    features, logits, ctx.backend = inputs
+    ctx.save_for_backward(features, logits)
     ctx.set_materialize_grads(False)
 
 
-def _define(
-    suffix: str, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Define the operators of one implementation, whose names end in `suffix`."""
-    forward_name = define(
-        f"entropy_gate_forward{suffix}(Tensor features, Tensor logits) -> (Tensor gated, Tensor uncertainty)",
-        forward,
-        _forward_fake,
-    )
-    backward_name = define(
-        f"entropy_gate_backward{suffix}(Tensor? grad_gated, Tensor? grad_uncertainty, Tensor features, "
-        "Tensor logits) -> (Tensor grad_features, Tensor grad_logits)",
-        backward,
-        _backward_fake,
-    )
-    operators = getattr(torch.ops, NAMESPACE)
-    forward_op = getattr(operators, f"entropy_gate_forward{suffix}").default
-    backward_op = getattr(operators, f"entropy_gate_backward{suffix}").default
-
-    def differentiate(
-        ctx: Any, grad_gated: Tensor | None, grad_uncertainty: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if grad_gated is None and grad_uncertainty is None:
-            return None, None
-        grad_features, grad_logits = backward_op(grad_gated, grad_uncertainty, *ctx.saved_tensors)
-        return grad_features, grad_logits
-
-    torch.library.register_autograd(forward_name, differentiate, setup_context=_setup_context, lib=LIBRARY)
-    forbid_second_derivative(backward_name)
-    return forward_op, backward_op
+def _differentiate(
+    ctx: Any, grad_gated: Tensor | None, grad_uncertainty: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_gated is None and grad_uncertainty is None:
+        return None, None, None
+    return *entropy_gate_backward(grad_gated, grad_uncertainty, *ctx.saved_tensors, ctx.backend), None
 
 
-# Kernels come with the CUDA library. Tensors are (B, channels, locations).
+# The kernels come with the CUDA library. Tensors are (B, channels, locations).
 LIBRARY.define(
     "entropy_gate_forward_launch(Tensor features, Tensor logits, bool channels_last, "
     "Tensor(a!) gated, Tensor(b!) uncertainty) -> ()"
@@ -253,18 +214,18 @@ LIBRARY.define(
     "Tensor logits, bool channels_last, Tensor(a!) grad_features, Tensor(b!) grad_logits) -> ()"
 )
 
-entropy_gate_forward, entropy_gate_backward = _define("", _forward, _backward)
-entropy_gate_forward_triton, entropy_gate_backward_triton = _define(
-    "_triton", _forward_triton, _backward_triton
+entropy_gate_forward = define(
+    "entropy_gate_forward(Tensor features, Tensor logits, str backend) -> (Tensor gated, Tensor uncertainty)",
+    _forward,
+    _forward_fake,
+    entropy_gate_forward_on_cuda,
 )
-entropy_gate_forward_cuda, entropy_gate_backward_cuda = _define("_cuda", _forward_cuda, _backward_cuda)
-
-torch.library.impl(entropy_gate_forward._schema.name, "CUDA", lib=LIBRARY)(_forward_chosen)
-torch.library.impl(entropy_gate_backward._schema.name, "CUDA", lib=LIBRARY)(_backward_chosen)
-
-FORWARD = {  # by the public name of the backend
-    "auto": entropy_gate_forward,
-    "cpu": entropy_gate_forward,
-    "triton": entropy_gate_forward_triton,
-    "cuda": entropy_gate_forward_cuda,
-}
+entropy_gate_backward = define(
+    "entropy_gate_backward(Tensor? grad_gated, Tensor? grad_uncertainty, Tensor features, Tensor logits, "
+    "str backend) -> (Tensor grad_features, Tensor grad_logits)",
+    _backward,
+    _backward_fake,
+    entropy_gate_backward_on_cuda,
+)
+register_autograd(entropy_gate_forward, _differentiate, _setup_context)
+forbid_second_derivative(entropy_gate_backward)

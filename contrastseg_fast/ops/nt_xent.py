@@ -4,12 +4,12 @@ Of the 2B vectors of a group, i and p(i) = i +- B are the views of one image. Wi
 
     loss_g = 1/2B * sum_i log( 1 + exp(log N_i - s_ip(i) / tau) ),   N_i = sum_{k != i, p(i)} exp(s_ik / tau)
 
-PDCR's operator sums over all k. With the images as classes, weights `d`, and similarities shifted by 1, its
-sum is `2 + exp(1 / tau) N_i`: the self pair and the positive add exp(0) each, every negative at least as
-much, so that taking the 2 off again loses nothing. Its gradient formula takes the logarithm of a denominator
-as an input, and given that of Eq. 1, `Z_i = N_i + exp(s_ip(i) / tau)`, it yields what the negatives add. What
-the positive adds goes with `1 - exp(s_ip(i) / tau) / Z_i = N_i / Z_i`, found without the difference: trained
-vectors live where it is small.
+PDCR's operator sums over all k. With the images as categories, wbar = d, and similarities shifted by -1, its
+sum is `2 + exp(1 / tau) N_i`: the self pair and the positive pair add exp(0) each, and every negative pair
+adds at least as much, so subtracting the 2 again loses nothing. Its gradient takes the logarithm of a
+denominator as an input. Given that of Eq. 1, `Z_i = N_i + exp(s_ip(i) / tau)`, it returns what the negative
+pairs add. What the positive pair adds is proportional to `1 - exp(s_ip(i) / tau) / Z_i = N_i / Z_i`. That is
+computed without the difference, because it is small for trained vectors.
 """
 
 from __future__ import annotations
@@ -19,15 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastseg_fast.ops._library import LIBRARY, accumulation_dtype, define, forbid_second_derivative
-from contrastseg_fast.ops.pdcr import _normalised, pdcr_backward, pdcr_forward
+from contrastseg_fast.affinity import Affinity
+from contrastseg_fast.ops._dispatch import Operation
+from contrastseg_fast.ops._library import (
+    accumulation_dtype,
+    define,
+    forbid_second_derivative,
+    register_autograd,
+)
+from contrastseg_fast.ops.pdcr import normalised, pdcr_backward, pdcr_forward
 
-# distance_scale, categorical, num_bias, num_slope, den_bias, den_slope, shift
-_NEGATIVES = (1.0, True, 0.0, 0.0, 0.0, 1.0, -1.0)
+OPERATION = Operation("nt_xent_loss")
+_NEGATIVES = Affinity(
+    temperature=1.0,
+    distance_scale=1.0,
+    categorical=True,
+    num_bias=0.0,
+    num_slope=0.0,
+    den_bias=0.0,
+    den_slope=1.0,
+    shift=-1.0,
+)
 
 
 def _images(vectors: Tensor) -> Tensor:
-    """The class `(G, 2B, 1)` of every vector: which image it is a view of."""
+    """The category `(G, 2B, 1)` of every vector: which image it is a view of."""
     groups, count, _ = vectors.shape
     image = torch.arange(count // 2, dtype=accumulation_dtype(vectors.dtype), device=vectors.device)
     return image.repeat(2).expand(groups, count)[..., None]
@@ -39,67 +55,66 @@ def _positives(unit: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return partner, ((unit * partner).sum(-1) + 1) / temperature
 
 
-def _forward(vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward(vectors: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+    affinity = [*_NEGATIVES._replace(temperature=temperature)]
     with torch.autocast(vectors.device.type, enabled=False):
-        _, log_sum = pdcr_forward(vectors, _images(vectors), None, temperature, *_NEGATIVES)
+        _, log_sum = pdcr_forward(vectors, _images(vectors), None, affinity, backend)
         if vectors.shape[1] > 2:
             log_n = log_sum + torch.log1p(-2 * torch.exp(-log_sum))  # of exp(1 / tau) N
         else:
             log_n = torch.full_like(log_sum, -torch.inf)
-        unit, _ = _normalised(vectors)
+        unit, _ = normalised(vectors)
         _, positive = _positives(unit, temperature)
         losses = torch.logaddexp(log_n - positive, torch.zeros_like(positive))
         return (losses.sum(1, dtype=torch.float64) / max(1, vectors.shape[1])).to(unit.dtype), log_n
 
 
-def _backward(grad: Tensor, log_n: Tensor, vectors: Tensor, temperature: float) -> Tensor:
+def _backward(grad: Tensor, log_n: Tensor, vectors: Tensor, temperature: float, backend: str) -> Tensor:
+    affinity = [*_NEGATIVES._replace(temperature=temperature)]
     with torch.autocast(vectors.device.type, enabled=False):
-        unit, inverse = _normalised(vectors)
+        unit, inverse_length = normalised(vectors)
         partner, positive = _positives(unit, temperature)
         log_z = torch.logaddexp(log_n, positive)
-        repelled = pdcr_backward(grad, log_z, vectors, _images(vectors), None, temperature, *_NEGATIVES)
+        repelled = pdcr_backward(grad, log_z, vectors, _images(vectors), None, affinity, backend)
         missing = torch.exp(log_n - log_z)  # N / Z
         missing = missing + missing.roll(vectors.shape[1] // 2, 1)
         attracted = missing[..., None] * (partner - (partner * unit).sum(-1, keepdim=True) * unit)
         scale = grad.to(unit.dtype)[:, None, None] / (temperature * max(1, vectors.shape[1]))
-        return (repelled - attracted * scale * inverse).to(vectors.dtype)
+        return (repelled - attracted * scale * inverse_length).to(vectors.dtype)
 
 
-def _forward_fake(vectors: Tensor, _temperature: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(vectors: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
     return vectors.new_empty(vectors.shape[0], dtype=dtype), vectors.new_empty(vectors.shape[:2], dtype=dtype)
 
 
-def _backward_fake(_grad: Tensor, _log_n: Tensor, vectors: Tensor, _temperature: float) -> Tensor:
+def _backward_fake(_grad: Tensor, _log_n: Tensor, vectors: Tensor, *_others: Any) -> Tensor:
     return vectors.new_empty(vectors.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    vectors, ctx.temperature = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    vectors, ctx.temperature, ctx.backend = inputs
     _, log_n = output
     ctx.save_for_backward(log_n, vectors)
     ctx.mark_non_differentiable(log_n)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _grad_log_n: Tensor | None) -> tuple[Tensor | None, None]:
+def _differentiate(ctx: Any, grad: Tensor | None, _grad_log_n: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None
-    return nt_xent_backward(grad, *ctx.saved_tensors, ctx.temperature), None
+        return None, None, None
+    return nt_xent_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.backend), None, None
 
 
-_FORWARD = define(
-    "nt_xent_forward(Tensor vectors, float temperature) -> (Tensor loss, Tensor log_n)",
+nt_xent_forward = define(
+    "nt_xent_forward(Tensor vectors, float temperature, str backend) -> (Tensor loss, Tensor log_n)",
     _forward,
     _forward_fake,
 )
-_BACKWARD = define(
-    "nt_xent_backward(Tensor grad, Tensor log_n, Tensor vectors, float temperature) -> Tensor",
+nt_xent_backward = define(
+    "nt_xent_backward(Tensor grad, Tensor log_n, Tensor vectors, float temperature, str backend) -> Tensor",
     _backward,
     _backward_fake,
 )
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context, lib=LIBRARY)
-forbid_second_derivative(_BACKWARD)
-
-nt_xent_forward = torch.ops.contrastseg_fast.nt_xent_forward.default
-nt_xent_backward = torch.ops.contrastseg_fast.nt_xent_backward.default
+register_autograd(nt_xent_forward, _differentiate, _setup_context)
+forbid_second_derivative(nt_xent_backward)

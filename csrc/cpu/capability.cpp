@@ -1,3 +1,4 @@
+// What the processor and the system can do. Tested by what the kernels of each capability compute.
 #include "cpu/capability.h"
 
 #include <algorithm>

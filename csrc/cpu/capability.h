@@ -1,18 +1,29 @@
 // Vector code chosen at run time: one binary holds every kernel for each capability the compiler can target.
 //
-// A kernel header has no include guard and puts its code into `namespace CSF_CAPABILITY`, with vectors of
-// CSF_VECTOR_BYTES bytes. The op's source file compiles it for every capability and picks one at run time:
+// A kernel header (*_kernel.h) has no include guard and puts its code into `namespace CSF_CAPABILITY`, where it finds
+// simd.h, with vectors of CSF_VECTOR_BYTES bytes. A source file compiles it for every capability and picks one at run
+// time:
 //
 //     #define CSF_KERNEL "cpu/my_kernel.h"
 //     #include "cpu/foreach_capability.h"
 //     CSF_DISPATCH(my_kernel)(arguments...);
 //
-// Standard headers must be included before, by the op's source file, so that they are compiled for the baseline.
+// Standard headers must be included before, by the source file, so that they are compiled for the baseline. Tests lower
+// the capability by CONTRASTSEG_FAST_CPU.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// Whether the compiler knows AMX.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define CSF_AMX
+#endif
 
 namespace csf {
 
-// `amx` stands for the kernels of avx512, and for AMX products where an op has them.
+// `amx` stands for the kernels of avx512, and for AMX products where an operator has them.
 enum class Capability { baseline, avx2, avx512, amx };
 
 // The best capability of this machine. CONTRASTSEG_FAST_CPU=baseline|avx2|avx512|amx lowers it, read once.

@@ -1,4 +1,4 @@
-// Includes CSF_KERNEL once for every capability; see capability.h.
+// Includes CSF_KERNEL, and simd.h before it, once for every capability; see capability.h.
 
 #if defined(__x86_64__)
 
@@ -10,6 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
+#include "cpu/simd.h"
 #include CSF_KERNEL
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -27,6 +28,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#include "cpu/simd.h"
 #include CSF_KERNEL
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -40,6 +42,7 @@
 
 #define CSF_CAPABILITY baseline
 #define CSF_VECTOR_BYTES 16
+#include "cpu/simd.h"
 #include CSF_KERNEL
 #undef CSF_VECTOR_BYTES
 #undef CSF_CAPABILITY

@@ -164,6 +164,6 @@ def assert_gate_as_exact_as_plain(
 def counted_on_the_cpu(
     labels: Tensor, starts: Tensor, size: tuple[int, ...], num_classes: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 4 by cropping and counting, where a loop over boxes costs no launches."""
+    """Eq. 4 by cropping and counting, where a loop over patches costs no launches."""
     ratios, fraction = reference.foreground_ratio(labels.cpu(), starts.cpu(), size, num_classes, **options)
     return ratios.to(labels.device), fraction.to(labels.device)

@@ -130,7 +130,7 @@ def test_whole_images_of_equal_ratios(device, triton: str, fit: Fit, determinism
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"variant": "released"}, {"affinity": "bipartite"}], ids=str)
-def test_invalid_vectors_take_no_part(
+def test_invalid_vectors_are_excluded(
     device, triton: str, fit: Fit, determinism: str, options, dtype
 ) -> None:
     count = fit(410, 63)

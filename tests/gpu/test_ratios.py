@@ -26,7 +26,7 @@ def scattered(device: torch.device, batch: int, count: int, extents: tuple[int, 
     return torch.stack(places, -1).to(device)
 
 
-def boxes(
+def patches(
     device: torch.device, places: str, batch: int, extents: tuple[int, ...], size: tuple[int, ...]
 ) -> Tensor:
     if places == "grid":
@@ -53,7 +53,7 @@ def test_every_pixel_counts(device, triton: str, extents, ignore_index, border: 
     if ignore_index is not None:
         labels[torch.rand(labels.shape, device=device) < 0.2] = ignore_index
     size = (7, 10, 5)[: len(extents)]
-    starts = boxes(device, places, 2, extents, size)
+    starts = patches(device, places, 2, extents, size)
     assert_counted(labels, starts, size, 5, triton, border=border, ignore_index=ignore_index)
 
 
@@ -74,7 +74,7 @@ def test_every_pixel_counts(device, triton: str, extents, ignore_index, border: 
 def test_labels_of_any_dtype(device, triton: str, places: str, dtype: torch.dtype) -> None:
     extents = (40, 61)
     labels = blob_labels(2, extents, 2 if dtype == torch.bool else 4).to(device, dtype)
-    starts = boxes(device, places, 2, extents, (9, 9))
+    starts = patches(device, places, 2, extents, (9, 9))
     assert_counted(labels, starts, (9, 9), 4, triton)
     assert_counted(labels[:, None], starts, (9, 9), 4, triton, border="clip")
 
@@ -84,7 +84,7 @@ def test_labels_of_any_dtype(device, triton: str, places: str, dtype: torch.dtyp
 def test_any_number_of_classes(device, triton: str, places: str, num_classes: int) -> None:
     extents = (40, 50)
     labels = torch.randint(num_classes, (2, *extents), device=device)
-    starts = boxes(device, places, 2, extents, (11, 8))
+    starts = patches(device, places, 2, extents, (11, 8))
     assert_counted(labels, starts, (11, 8), num_classes, triton)
 
 
@@ -106,7 +106,7 @@ def test_soft_and_multi_hot_labels(device, triton: str, extents, dtype, border: 
     soft = torch.rand(2, 3, *extents, device=device)
     labels = (soft > 0.5).to(dtype) if dtype == torch.int64 else soft.to(dtype)
     size = (7, 10, 5)[: len(extents)]
-    starts = boxes(device, places, 2, extents, size)
+    starts = patches(device, places, 2, extents, size)
     actual = functional.foreground_ratio(
         labels, starts, size, 3, border=border, validate=False, backend=triton
     )
@@ -115,8 +115,31 @@ def test_soft_and_multi_hot_labels(device, triton: str, extents, dtype, border: 
     torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["labels", "soft labels"])
+@pytest.mark.parametrize("size", [(7, 10), (61, 40)])
+def test_ratios_inside_the_image_are_those_of_clip(
+    device, triton: str, size: tuple[int, int], kind: str
+) -> None:
+    """Bit for bit, whether pixels are read one by one or summed up, and whatever the border."""
+    labels = blob_labels(2, (67, 93), 3).to(device)
+    labels[:, ::5] = 1
+    if kind == "soft labels":
+        labels = torch.rand(2, 3, 67, 93, device=device).masked_fill_((labels == 1)[:, None], 1)
+    starts = scattered(device, 2, 50, (67, 93))
+
+    def count(border: str, with_inside: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return op.foreground_ratio(labels, starts, list(size), 3, border, 1, with_inside, triton)
+
+    clipped, valid_fraction, _ = count("clip", False)
+    for border in BORDERS:
+        ratios, fraction, inside = count(border, True)
+        assert torch.equal(inside, clipped)
+        assert torch.equal(fraction, valid_fraction)
+        assert torch.equal(ratios, count(border, False)[0])
+
+
 def test_equal_contents_have_equal_ratios(device, triton: str) -> None:
-    """To the bit, whatever the way they were counted: skipping rests on it."""
+    """To the bit, however they are counted."""
     pattern = torch.randint(4, (1, 16, 16), device=device)
     labels = pattern.repeat(1, 8, 8)
     starts = grid(device, (112, 112), (11, 11), 16)
@@ -164,12 +187,14 @@ def test_training_sizes_give_the_default_kernels_bits(
         else scattered(device, batch, 1024, extents)
     )
     actual = functional.foreground_ratio(labels, starts, size, 4, validate=False, backend=triton)
-    expected = op._foreground_ratio(labels, starts, size, 4, "full", None)
-    for a, e in zip(actual, expected, strict=True):
+    default = torch._C.DispatchKey.CompositeExplicitAutograd
+    options = (list(size), 4, "full", None, False, "auto")
+    expected = op.foreground_ratio._op_dk(default, labels, starts, *options)
+    for a, e in zip(actual, expected[:2], strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
-def test_a_box_as_large_as_the_image(device, triton: str, fit) -> None:
+def test_a_patch_as_large_as_the_image(device, triton: str, fit) -> None:
     extent = fit(4096, 64)
     labels = torch.randint(3, (1, extent, extent), dtype=torch.uint8, device=device)
     starts = torch.zeros(1, 2, dtype=torch.long, device=device)

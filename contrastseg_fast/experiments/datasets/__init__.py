@@ -7,7 +7,8 @@ from typing import Any
 
 from contrastseg_fast import _checks
 from contrastseg_fast.experiments.datasets import decathlon, digestpath, isic, montgomery, pairs, ph2
-from contrastseg_fast.experiments.datasets.dataset import ON_ERROR, Case, Dataset, Problems, Sample
+from contrastseg_fast.experiments.datasets.case import Case, Sample
+from contrastseg_fast.experiments.datasets.dataset import ON_ERROR, Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import DataError, Folder
 from contrastseg_fast.experiments.datasets.layout import Layout, wrong_folder
 from contrastseg_fast.experiments.datasets.splits import Split

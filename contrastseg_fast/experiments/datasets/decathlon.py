@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from contrastseg_fast.experiments.datasets.dataset import Case, Dataset, Problems
+from contrastseg_fast.experiments.datasets.case import Case
+from contrastseg_fast.experiments.datasets.dataset import Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import VOLUME_SUFFIXES, DataError, Folder, split_name
 from contrastseg_fast.experiments.datasets.layout import Layout, finish
 from contrastseg_fast.experiments.datasets.volumes import Volume

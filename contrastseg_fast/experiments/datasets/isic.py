@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from contrastseg_fast.experiments.datasets.dataset import Case, Dataset, Problems
+from contrastseg_fast.experiments.datasets.case import Case
+from contrastseg_fast.experiments.datasets.dataset import Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import DataError, Folder
 from contrastseg_fast.experiments.datasets.layout import Layout, finish, match_pairs
 from contrastseg_fast.experiments.datasets.photographs import Photograph

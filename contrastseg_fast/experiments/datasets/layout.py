@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contrastseg_fast.experiments.datasets.dataset import Case, Dataset, Problems
+from contrastseg_fast.experiments.datasets.case import Case
+from contrastseg_fast.experiments.datasets.dataset import Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import DataError, Folder
 
 MAX_LOOKED_AT = 500

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from contrastseg_fast import _checks
 from contrastseg_fast.experiments.datasets import photographs
-from contrastseg_fast.experiments.datasets.dataset import Case, Dataset, Problems
+from contrastseg_fast.experiments.datasets.case import Case
+from contrastseg_fast.experiments.datasets.dataset import Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import VOLUME_SUFFIXES, DataError, Folder, split_name
 from contrastseg_fast.experiments.datasets.layout import Layout, finish, match_pairs
 from contrastseg_fast.experiments.datasets.photographs import Photograph

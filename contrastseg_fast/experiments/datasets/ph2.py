@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 
 from contrastseg_fast.experiments.datasets import isic
-from contrastseg_fast.experiments.datasets.dataset import Case, Dataset, Problems
+from contrastseg_fast.experiments.datasets.case import Case
+from contrastseg_fast.experiments.datasets.dataset import Dataset, Problems
 from contrastseg_fast.experiments.datasets.folder import DataError, Folder
 from contrastseg_fast.experiments.datasets.layout import Layout, finish
 from contrastseg_fast.experiments.datasets.photographs import Photograph

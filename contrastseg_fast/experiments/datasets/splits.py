@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.model_selection import KFold
 
 from contrastseg_fast import _checks
-
-if TYPE_CHECKING:
-    from contrastseg_fast.experiments.datasets.dataset import Case
+from contrastseg_fast.experiments.datasets.case import Case
 
 NUM_FOLDS = 5
 FIRST_DEAL = 12345  # the seed of nnU-Net v2's five folds

@@ -23,7 +23,7 @@ from contrastseg_fast import (
 from contrastseg_fast.attach import AttachedPDCR
 from contrastseg_fast.attach.layers import AUTO_STRIDES, select_layers
 from contrastseg_fast.functional import warmup_weight
-from contrastseg_fast.modules import finest
+from contrastseg_fast.patches import first_label_map
 
 _PREFIXES = ("pdcr_", "uafs_")  # of settings
 
@@ -272,11 +272,11 @@ class RegularizedLoss(nn.Module):
         """The loss, a scalar.
 
         Args:
-            output: logits of the network; with deep supervision a list, finest first.
+            output: logits of the network; with deep supervision a list, highest resolution first.
             target: what nnU-Net's data loader gives: a label map or channels, or a list of them likewise.
         """
         loss = self.segmentation(output, target)
-        labels, mask = self._labels_and_mask(finest(target))
+        labels, mask = self._labels_and_mask(first_label_map(target))
         value = self.pdcr(labels, mask)
         if value.requires_grad:
             self._values.append(value.detach())

@@ -1,4 +1,5 @@
-// What the entropy gate's kernels work on: a strip of locations of one image, in either memory layout.
+// What the entropy gate's kernels work on: a strip of locations of one image, in either memory layout. Tested by
+// tests/test_entropy_gate.py.
 #pragma once
 
 #include <cstdint>

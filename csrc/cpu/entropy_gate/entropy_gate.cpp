@@ -1,5 +1,6 @@
-// entropy_gate on the CPU: tensors become views, and strips of locations are shared out among torch's threads.
-#include "cpu/entropy_gate.h"
+// entropy_gate on the CPU: tensors become views, and torch's threads compute strips of locations. Tested by
+// tests/test_entropy_gate.py.
+#include "cpu/entropy_gate/work.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,11 +27,12 @@
 #endif
 
 #include "cpu/capability.h"
+#include "stable_string.h"
 
 namespace csf::entropy_gate {
 namespace {
 
-#define CSF_KERNEL "cpu/entropy_gate_kernel.h"
+#define CSF_KERNEL "cpu/entropy_gate/gate_kernel.h"
 #include "cpu/foreach_capability.h"
 
 using torch::headeronly::MemoryFormat;
@@ -220,12 +222,11 @@ void for_each_strip(const Work& work, void (*kernel)(const Work&, Strip, void*))
   });
 }
 
-std::tuple<Tensor, Tensor> entropy_gate_forward(const Tensor& features, const Tensor& logits) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& features, const Tensor& logits) {
   check(features, logits);
   const ScalarType accumulation = accumulation_dtype(features, logits);
   if (accumulation == ScalarType::Double && features.scalar_type() != logits.scalar_type()) {
-    auto [gated, uncertainty] =
-        entropy_gate_forward(with_dtype(features, accumulation), with_dtype(logits, accumulation));
+    auto [gated, uncertainty] = run_forward(with_dtype(features, accumulation), with_dtype(logits, accumulation));
     return {with_dtype(gated, features.scalar_type()), uncertainty};
   }
   const bool channels_last = is_channels_last(features);
@@ -240,15 +241,15 @@ std::tuple<Tensor, Tensor> entropy_gate_forward(const Tensor& features, const Te
   return {gated, uncertainty};
 }
 
-std::tuple<Tensor, Tensor> entropy_gate_backward(const std::optional<Tensor>& grad_gated,
-                                                 const std::optional<Tensor>& grad_uncertainty,
-                                                 const Tensor& features, const Tensor& logits) {
+std::tuple<Tensor, Tensor> run_backward(const std::optional<Tensor>& grad_gated,
+                                        const std::optional<Tensor>& grad_uncertainty, const Tensor& features,
+                                        const Tensor& logits) {
   check(features, logits);
   if (grad_gated) check_grad(*grad_gated, features, features.size(1));
   if (grad_uncertainty) check_grad(*grad_uncertainty, features, 1);
   const ScalarType accumulation = accumulation_dtype(features, logits);
   if (accumulation == ScalarType::Double && features.scalar_type() != logits.scalar_type()) {
-    auto [grad_features, grad_logits] = entropy_gate_backward(
+    auto [grad_features, grad_logits] = run_backward(
         grad_gated, grad_uncertainty, with_dtype(features, accumulation), with_dtype(logits, accumulation));
     return {with_dtype(grad_features, features.scalar_type()), with_dtype(grad_logits, logits.scalar_type())};
   }
@@ -272,6 +273,18 @@ std::tuple<Tensor, Tensor> entropy_gate_backward(const std::optional<Tensor>& gr
     for_each_strip(work, CSF_DISPATCH(backward));
   }
   return {grad_features, grad_logits};
+}
+
+std::tuple<Tensor, Tensor> entropy_gate_forward(Tensor features, Tensor logits, StringHandle backend) {
+  check_runs_on_cpu(backend);
+  return run_forward(features, logits);
+}
+
+std::tuple<Tensor, Tensor> entropy_gate_backward(std::optional<Tensor> grad_gated,
+                                                 std::optional<Tensor> grad_uncertainty, Tensor features,
+                                                 Tensor logits, StringHandle backend) {
+  check_runs_on_cpu(backend);
+  return run_backward(grad_gated, grad_uncertainty, features, logits);
 }
 
 }  // namespace

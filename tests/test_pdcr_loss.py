@@ -1,15 +1,16 @@
-"""PDCRLoss and UAFS: options against the reference modules, label maps of every form, and errors."""
+"""PDCRLoss: options against the reference, label maps of every form, and errors."""
 
 from __future__ import annotations
 
 import copy
 import doctest
 import fractions
-import io
 import pickle
 import re
 import sys
+from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 import torch
 from conftest import blob_labels
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from contrastseg_fast import functional, modules, reference
-from contrastseg_fast.modules import UAFS, PDCRLoss
+from contrastseg_fast import _backend, functional, pdcr_loss, reference, sampling
+from contrastseg_fast.pdcr_loss import PDCRLoss
 from contrastseg_fast.receptive_field import ReceptiveField
 
 STEM = ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))
@@ -218,6 +220,65 @@ def test_images_may_change_their_size_when_compiled(options: dict[str, Any]) -> 
         torch.testing.assert_close(compiled([features], labels), pdcr([features], labels))
 
 
+PACKAGE = str(Path(pdcr_loss.__file__).parent)
+MOST_CALLS = 105
+
+
+@pytest.mark.skipif(not _backend.has_cpu_extension(), reason="plain kernels are made of many functions")
+def test_a_call_of_three_layers_makes_few_calls() -> None:
+    """Of the package's own Python functions, forward and backward: fewer is better, so lower the bar."""
+    fields = [
+        ReceptiveField((7, 7), (2, 2), (-3, -3)),
+        ReceptiveField((15, 15), (4, 4), (-7, -7)),
+        ReceptiveField((31, 31), (8, 8), (-15, -15)),
+    ]
+    maps = [torch.randn(2, 8, 64 // field.stride[0], 64 // field.stride[0]) for field in fields]
+    maps = [each.requires_grad_() for each in maps]
+    labels = blob_labels(2, (64, 64), 3)
+    pdcr = PDCRLoss(fields, 3, num_samples=256, class_distance="tv")
+    pdcr(maps, labels).backward()  # what is made once is made here
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            calls[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+
+    profiler = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        pdcr(maps, labels).backward()
+    finally:
+        sys.setprofile(profiler)
+    assert calls["pdcr.py:_differentiate"] == 3
+    assert calls.total() <= MOST_CALLS, calls
+
+
+@pytest.mark.parametrize("sampler", ["grid", "raster"])
+def test_places_are_kept_by_shape_and_serve_in_every_mode(sampler: str) -> None:
+    """First used under inference mode or without data, they are whole afterwards."""
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    expected = reference.PDCRLoss(FIELDS, 3, num_samples=23, sampler=sampler)(maps, labels)
+    pdcr = PDCRLoss(FIELDS, 3, num_samples=23, sampler=sampler)
+    for cache in (sampling._kept_indices, sampling._kept_positions, sampling._kept_starts):
+        cache.cache_clear()
+    with torch.inference_mode():
+        torch.testing.assert_close(pdcr(maps, labels), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert (
+            pdcr({layer: torch.empty_like(x) for layer, x in maps.items()}, torch.empty_like(labels)).shape
+            == ()
+        )
+    leaves = {layer: x.clone().requires_grad_() for layer, x in maps.items()}
+    value = pdcr(leaves, labels)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    samples = [pdcr.sample(x, layer) for layer, x in maps.items()]
+    for sample in samples:
+        sample.places.positions.zero_()  # a user's own copy
+    torch.testing.assert_close(pdcr(maps, labels), expected)
+    assert sampling._kept_positions.cache_info().currsize == 2
+
+
 FRACTIONAL = ReceptiveField(size=(5, 6), stride=(Fraction(3, 2), 2), start=(Fraction(-9, 4), -2))
 
 
@@ -266,11 +327,56 @@ def test_random_sampling_goes_on_after_copying_and_pickling() -> None:
 
 def test_pdcr_says_what_it_is() -> None:
     text = repr(PDCRLoss(FIELDS, 3, patch_size={"deep": 5}, temperature=0.1))
-    assert "boxes['stem']=ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))" in text
-    assert "boxes['deep']=ReceptiveField(size=(5, 5), stride=(4, 4), start=(-2, -1))" in text
+    assert "patches['stem']=ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))" in text
+    assert "patches['deep']=ReceptiveField(size=(5, 5), stride=(4, 4), start=(-2, -1))" in text
     assert "num_classes=3" in text
     assert "temperature=0.1" in text
     assert "affinity" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("temperature", -1.0, ValueError),
+        ("temperature", "warm", TypeError),
+        ("reduction", "max", ValueError),
+        ("border", "wrap", ValueError),
+        ("sampler", "hex", ValueError),
+        ("skip_homogeneous", "no", TypeError),
+        ("include_background", 3, TypeError),
+    ],
+)
+def test_options_that_change_later_are_checked_too(name: str, value: Any, error: type[Exception]) -> None:
+    maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3)
+    expected = pdcr(maps, labels)
+    with pytest.raises(error, match=f"{name}: expected"):
+        setattr(pdcr, name, value)
+    assert torch.equal(pdcr(maps, labels), expected)
+    pdcr.temperature = 0.1
+    torch.testing.assert_close(pdcr(maps, labels), PDCRLoss(FIELDS, 3, temperature=0.1)(maps, labels))
+
+
+@pytest.mark.parametrize("distance", ["sum", "tv"])
+def test_multi_hot_labels_need_the_mean(distance: str) -> None:
+    maps = feature_maps()
+    labels = torch.ones(2, 3, 24, 20)
+    labels[..., :10] = 0
+    message = f"a sum of at most 1 for class_distance='{distance}' (multi-hot labels need 'mean')"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PDCRLoss(FIELDS, 3, class_distance=distance)(maps, labels)
+    assert PDCRLoss(FIELDS, 3)(maps, labels).isfinite()
+    one_hot = nn.functional.one_hot(blob_labels(2, (24, 20), 3), 3).movedim(-1, 1).float()
+    assert PDCRLoss(FIELDS, 3, class_distance=distance)(maps, one_hot).isfinite()
+
+
+@pytest.mark.skipif(not _backend.has_cpu_extension(), reason="the C++ extension is not installed")
+def test_an_explicit_backend_compiles_into_one_graph() -> None:
+    torch.compiler.reset()
+    maps, labels = feature_maps(torch.float32), blob_labels(2, (24, 20), 3)
+    pdcr = PDCRLoss(FIELDS, 3, backend="cpu")
+    compiled = torch.compile(pdcr, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(maps, labels), pdcr(maps, labels))
 
 
 INFINITE = ReceptiveField(size=(float("inf"), 3), stride=(1, 1), start=(0, 0), reason="attention")
@@ -326,6 +432,11 @@ VOLUME = ReceptiveField(size=(3, 3, 3), stride=(2, 2, 2), start=(-1, -1, -1))
         ({"variant": "3d"}, ValueError, "variant: expected one of"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of"),
         ({"backend": "fast"}, ValueError, "backend: expected one of"),
+        (
+            {"projection_channels": 64},
+            ValueError,
+            "projection_channels: expected None without a projection, got 64",
+        ),
     ],
 )
 def test_bad_options_are_named(changed: dict, error: type[Exception], message: str) -> None:
@@ -465,99 +576,5 @@ def test_maps_of_every_usual_convolution_fit_their_labels(
     assert PDCRLoss([field], 2)(x, blob_labels(1, (extent, 40), 2)).isfinite()
 
 
-# UAFS
-
-
-@pytest.mark.parametrize("norm", modules.NORMS)
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_gate_agrees_with_the_reference_and_shares_its_state(norm: str, spatial_dims: int) -> None:
-    fast = UAFS(spatial_dims, 4, 3, 12, norm=norm)
-    plain = reference.UAFS(spatial_dims, 4, 3, 12, norm=norm)
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(fast.state_dict())
-    x = torch.randn(2, 4, 7, 6, 5)[..., 0] if spatial_dims == 2 else torch.randn(2, 4, 7, 6, 5)
-    for mode in (True, False):
-        fast.train(mode)
-        plain.train(mode)
-        torch.testing.assert_close(fast(x), plain(x))
-    fast(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in fast.parameters())
-    assert fast.head[0].weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("norm", modules.NORMS)
-def test_logits_are_not_constant_at_the_start(norm: str) -> None:
-    logits = UAFS(2, 4, 3, norm=norm).head(torch.randn(2, 4, 16, 16))
-    assert logits.std((0, 2, 3)).min() > 1e-3
-    assert logits.std(1).mean() > 1e-3
-
-
-def test_uncertainty_explains_the_gate() -> None:
-    gate, x = UAFS(2, 4, 3).eval(), torch.randn(2, 4, 16, 16)
-    u = gate.uncertainty(x)
-    assert u.shape == (2, 1, 16, 16)
-    assert u.min() >= 0
-    assert u.max() <= 1 + 1e-6
-    torch.testing.assert_close(gate(x), x * (2 - u))
-
-
-def test_gate_under_autocast_and_in_half_precision() -> None:
-    gate, x = UAFS(2, 4, 3).eval(), torch.randn(2, 4, 16, 16)
-    expected = gate(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(gate(x), expected, rtol=2e-2, atol=2e-2)
-        assert gate(x.bfloat16()).dtype == torch.bfloat16
-    torch.testing.assert_close(gate.bfloat16()(x.bfloat16()).float(), expected, rtol=5e-2, atol=5e-2)
-
-
-def test_gate_copies_pickles_and_loads_strictly() -> None:
-    gate, x = UAFS(2, 4, 3).eval(), torch.randn(1, 4, 8, 8)
-    stream = io.BytesIO()
-    torch.save(gate.state_dict(), stream)
-    stream.seek(0)
-    loaded = UAFS(2, 4, 3, backend="reference").eval()
-    loaded.load_state_dict(torch.load(stream, weights_only=True))
-    for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), loaded):
-        torch.testing.assert_close(other(x), gate(x))
-    assert "spatial_dims=2, in_channels=4, num_classes=3, backend='auto'" in repr(gate)
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"spatial_dims": 1}, ValueError, "spatial_dims: expected 2 or 3, got 1"),
-        ({"in_channels": 0}, ValueError, "in_channels: expected an integer of at least 1, got 0"),
-        ({"num_classes": 1}, ValueError, "num_classes: expected an integer of at least 2, got 1"),
-        ({"hidden_channels": 1.0}, TypeError, "hidden_channels: expected an integer, got float"),
-        (
-            {"norm": "layer"},
-            ValueError,
-            "norm: expected one of 'batch', 'instance', 'group', 'none', got 'layer'",
-        ),
-        ({"backend": "fast"}, ValueError, "backend: expected one of"),
-    ],
-)
-def test_bad_options_of_the_gate_are_named(changed: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        UAFS(**{"spatial_dims": 2, "in_channels": 4, "num_classes": 3, **changed})
-
-
-@pytest.mark.parametrize(
-    ("x", "error", "message"),
-    [
-        ([1.0], TypeError, "x: expected a tensor (B, 4, *spatial) with 2 spatial axes, got list"),
-        (
-            torch.ones(4, 8, 8),
-            ValueError,
-            "x: expected a tensor (B, 4, *spatial) with 2 spatial axes, got shape",
-        ),
-        (torch.ones(1, 5, 8, 8), ValueError, "x: expected 4 channels, got 5"),
-    ],
-)
-def test_bad_inputs_of_the_gate_are_named(x: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        UAFS(2, 4, 3)(x)
-
-
 def test_examples() -> None:
-    assert doctest.testmod(modules).failed == 0
+    assert doctest.testmod(pdcr_loss).failed == 0

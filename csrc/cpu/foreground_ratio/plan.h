@@ -1,4 +1,4 @@
-// What the kernels of the foreground ratios work on.
+// What the kernels of the foreground ratios work on. Tested by tests/test_foreground_ratio.py.
 //
 // An image is seen as planes of rows of columns (z, y, x), its axes in the order of their strides, so that
 // columns are the nearest in memory; a 2D image has planes of one row. A plane of 64-bit counters adds up the
@@ -67,9 +67,9 @@ struct Rectangle {
   int64_t column, columns;
 };
 
-// A box begins or ends before a plane: its rectangle's sum of counters leaves or enters the sums of the box.
+// A patch begins or ends before a plane: its rectangle's sum of counters leaves or enters the sums of the patch.
 struct Face {
-  int64_t box;
+  int64_t patch;
   Rectangle rectangle;
   bool ends;
 };
@@ -80,8 +80,8 @@ struct Faces {
   const int64_t* first;
 };
 
-// The part of a box that lies inside the image.
-struct Box {
+// The part of a patch that lies inside the image.
+struct Patch {
   int64_t begin[3], end[3];
 
   int64_t pixels() const {
@@ -91,14 +91,14 @@ struct Box {
   }
 };
 
-// Memory of a thread, for a block of rows and columns (for a box: of one row and one layer).
+// Memory of a thread, for a block of rows and columns (for a patch: of one row and one layer).
 struct Workspace {
   uint64_t* counters;  // [layers][rows][columns], and kReach more
   void* integral;      // [rows + 1][columns + 1] entries of 16 bytes
   void* row;           // [columns] labels
 };
 
-// The sums of an image's boxes, modulo 2^64; those of box n begin at data[n * stride].
+// The sums of an image's patches, modulo 2^64; those of patch n begin at data[n * stride].
 struct Sums {
   uint64_t* data;
   int64_t stride;

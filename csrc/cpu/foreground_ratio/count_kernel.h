@@ -1,60 +1,21 @@
-// Counting labels, compiled once for every capability (see capability.h; included by foreground_ratio.cpp).
+// Counting labels, compiled once for every capability (see capability.h; included by foreground_ratio.cpp). Tested by
+// tests/test_foreground_ratio.py, once for each capability.
 //
 // `sweep` goes through the planes of a block once and adds every label to the counter of its row and column.
-// Where boxes begin or end it sums the counters over their rectangles: one by one, or by the counters'
-// integral image where there are many. `count_box` reads the labels of one box, which is less work where
-// boxes are few or small.
+// Where patches begin or end it sums the counters over their rectangles: one by one, or by the counters'
+// integral image where there are many. `count_patch` reads the labels of one patch, which is less work where
+// patches are few or small.
+
+#include "cpu/foreground_ratio/label_vectors_kernel.h"
 
 namespace CSF_CAPABILITY {
 
-constexpr int64_t kLanes = CSF_VECTOR_BYTES / sizeof(uint64_t);
-typedef uint64_t Words __attribute__((vector_size(CSF_VECTOR_BYTES)));
-typedef uint64_t UnalignedWords __attribute__((vector_size(CSF_VECTOR_BYTES), aligned(8), may_alias));
-typedef int64_t Integers __attribute__((vector_size(CSF_VECTOR_BYTES)));
-typedef double Doubles __attribute__((vector_size(CSF_VECTOR_BYTES)));
 typedef uint16_t FourHalves __attribute__((vector_size(8)));
 typedef uint32_t FourCounts __attribute__((vector_size(16)));
 
-template <class T>
-constexpr bool kFloating = T(1) / 2 != 0;
-constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: behind it, a double has no bits for a fraction
-
-static inline Words load(const uint64_t* address) {
-  return *reinterpret_cast<const UnalignedWords*>(address);
-}
-
-// As many values as a vector has lanes, converted to `Vector`.
-template <class Vector, class T>
-static inline Vector load_as(const T* address) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(address), Vector);
-}
-
-static inline Words first_lanes(int64_t count) {
-  Words mask{};
-  for (int64_t lane = 0; lane < kLanes; ++lane) mask[lane] = lane < count ? -1 : 0;
-  return mask;
-}
-
-static inline uint64_t sum_lanes(Words words) {
-  uint64_t sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += words[lane];
-  return sum;
-}
-
-// Calls use(x, labels[x ...], lanes) for all labels, a vector at a time; `lanes` masks those that there are.
-template <class Vector, class T, class Use>
-static inline void for_each_label_vector(const T* labels, int64_t count, Use&& use) {
-  int64_t x = 0;
-  for (; x + kLanes <= count; x += kLanes) use(x, load_as<Vector>(labels + x), ~Words{});
-  if (x == count) return;
-  T rest[kLanes] = {};
-  for (int64_t lane = 0; lane < count - x; ++lane) rest[lane] = labels[x + lane];
-  use(x, load_as<Vector>(rest), first_lanes(count - x));
-}
-
 static inline void add(uint64_t* counters, Words words) {
-  *reinterpret_cast<UnalignedWords*>(counters) = load(counters) + words;
+  words += load_as<Words>(counters);
+  std::memcpy(counters, &words, sizeof(words));
 }
 
 template <bool IGNORED, class T>
@@ -112,7 +73,7 @@ static const int32_t* load_integers(const ClassLayer<T>& layer, const Row& row, 
 
 template <class T>
 static inline void add_row(const ClassLayer<T>& layer, const Row& row, void* buffer, uint64_t* counters) {
-  if constexpr (kFloating<T>) {
+  if constexpr (std::is_floating_point_v<T>) {
     const int64_t classes = layer.num_classes;
     const Labels<int32_t> integers{load_integers(layer, row, buffer), {0, 0, 1}};
     const ClassLayer<int32_t> rounded{integers, layer.first_class, classes, layer.separates_ignored, classes};
@@ -141,8 +102,8 @@ static inline void for_each_counter_vector(const uint64_t* counters, int64_t col
   const Words rest = first_lanes(rectangle.columns - whole);
   for (int64_t y = rectangle.row; y < rectangle.row + rectangle.rows; ++y) {
     const uint64_t* row = counters + y * columns + rectangle.column;
-    for (int64_t x = 0; x < whole; x += kLanes) use(load(row + x));
-    if (whole < rectangle.columns) use(load(row + whole) & rest);
+    for (int64_t x = 0; x < whole; x += kLanes) use(load_as<Words>(row + x));
+    if (whole < rectangle.columns) use(load_as<Words>(row + whole) & rest);
   }
 }
 
@@ -175,8 +136,8 @@ struct Counter<4> {
       halves = Words{};
       room = capacity;
     });
-    const uint64_t even_sum = sum_lanes(even + (halves & even_halves));
-    const uint64_t odd_sum = sum_lanes(odd + (halves >> 16 & even_halves));
+    const uint64_t even_sum = sum_lanes<uint64_t>(even + (halves & even_halves));
+    const uint64_t odd_sum = sum_lanes<uint64_t>(odd + (halves >> 16 & even_halves));
     return Sum{static_cast<uint32_t>(even_sum), static_cast<uint32_t>(odd_sum),
                static_cast<uint32_t>(even_sum >> 32), static_cast<uint32_t>(odd_sum >> 32)};
   }
@@ -194,7 +155,7 @@ struct Counter<1> {
   static Sum total(const uint64_t* counters, int64_t columns, const Rectangle& rectangle, int64_t) {
     Words sum{};
     for_each_counter_vector(counters, columns, rectangle, [&](Words words) { sum += words; });
-    return sum_lanes(sum);
+    return sum_lanes<uint64_t>(sum);
   }
 };
 
@@ -225,9 +186,9 @@ static inline Sum look_up(const Sum* integral, int64_t columns, const Rectangle&
 
 // Adds or subtracts the values of one layer, from `first` on.
 template <class Counter>
-static inline void add_to_box(const Sums& sums, int64_t box, int64_t first, bool positive,
-                              typename Counter::Sum sum) {
-  uint64_t* target = sums.data + box * sums.stride + first;
+static inline void add_to_patch(const Sums& sums, int64_t patch, int64_t first, bool positive,
+                                typename Counter::Sum sum) {
+  uint64_t* target = sums.data + patch * sums.stride + first;
   for (int64_t i = 0; i < Counter::values; ++i) {
     const uint64_t value = positive ? Counter::value(sum, i) : -Counter::value(sum, i);
     if (sums.shared) {
@@ -238,7 +199,7 @@ static inline void add_to_box(const Sums& sums, int64_t box, int64_t first, bool
   }
 }
 
-// Adds the labels of a block to the boxes whose faces are given, for several layers at once.
+// Adds the labels of a block to the patches whose faces are given, for several layers at once.
 template <class Layer>
 void sweep(const Layer* layers, int64_t count, const Block& block, const Faces& faces,
            const Workspace& memory, const Sums& sums) {
@@ -263,7 +224,7 @@ void sweep(const Layer* layers, int64_t count, const Block& block, const Faces& 
         const Sum sum = integrated ? look_up(integral, columns, face->rectangle)
                                    : Counter::total(counters + i * pixels, columns, face->rectangle,
                                                     z - block.z_begin);
-        add_to_box<Counter>(sums, face->box, i * Layer::values, face->ends, sum);
+        add_to_patch<Counter>(sums, face->patch, i * Layer::values, face->ends, sum);
       }
     }
     if (end == last) return;
@@ -276,53 +237,29 @@ void sweep(const Layer* layers, int64_t count, const Block& block, const Faces& 
   }
 }
 
-// Adds the labels of one box to its sums.
+// Adds the labels of one patch to its sums.
 template <class Layer>
-void count_box(const Layer& layer, const Box& box, int64_t index, const Workspace& memory, const Sums& sums) {
+void count_patch(const Layer& layer, const Patch& patch, int64_t index, const Workspace& memory, const Sums& sums) {
   typedef Counter<Layer::values> Counter;
-  const int64_t columns = box.end[2] - box.begin[2];
-  if (box.pixels() == 0) return;
+  const int64_t columns = patch.end[2] - patch.begin[2];
+  if (patch.pixels() == 0) return;
   const int64_t most_lines = max_lines(columns);
   uint64_t* counters = memory.counters;
   int64_t lines = 0;
   const auto flush = [&] {
     const auto total = Counter::total(counters, columns, {0, 1, 0, columns}, lines);
-    if (lines > 0) add_to_box<Counter>(sums, index, 0, true, total);
+    if (lines > 0) add_to_patch<Counter>(sums, index, 0, true, total);
     for (int64_t x = 0; x < columns; ++x) counters[x] = 0;
     lines = 0;
   };
   flush();
-  for (int64_t z = box.begin[0]; z < box.end[0]; ++z) {
-    for (int64_t y = box.begin[1]; y < box.end[1]; ++y) {
-      add_row(layer, {z, y, box.begin[2], columns}, memory.row, counters);
+  for (int64_t z = patch.begin[0]; z < patch.end[0]; ++z) {
+    for (int64_t y = patch.begin[1]; y < patch.end[1]; ++y) {
+      add_row(layer, {z, y, patch.begin[2], columns}, memory.row, counters);
       if (++lines == most_lines) flush();
     }
   }
   flush();
-}
-
-// Whether all labels are in [0, highest], and integers if `integral`; or are equal to ignore_index.
-template <class T>
-bool in_range(const T* labels, int64_t count, int64_t highest, bool integral, int64_t ignore_index) {
-  Words wrong{};
-  if constexpr (kFloating<T>) {
-    const double top = highest, ignored = ignore_index;
-    const double round = integral ? kRound : 0;
-    for_each_label_vector<Doubles>(labels, count, [&](int64_t, Doubles label, Words lanes) {
-      const auto right =
-          ((label >= 0) & (label <= top) & ((label + round) - round == label)) | (label == ignored);
-      wrong |= ~reinterpret_cast<Words>(right) & lanes;
-    });
-  } else {
-    const uint64_t top = highest;
-    for_each_label_vector<Integers>(labels, count, [&](int64_t, Integers label, Words lanes) {
-      const auto right = (reinterpret_cast<Words>(label) <= top) | (label == ignore_index);
-      wrong |= ~reinterpret_cast<Words>(right) & lanes;
-    });
-  }
-  uint64_t any = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) any |= wrong[lane];
-  return any == 0;
 }
 
 }  // namespace CSF_CAPABILITY

@@ -1,145 +1,12 @@
 // The entropy gate on a strip of locations, compiled once for every capability (see capability.h; included by
-// entropy_gate.cpp).
+// entropy_gate.cpp). Tested by tests/test_entropy_gate.py, once for each capability.
 //
 // Channels first, a strip is read and written channel by channel, in runs as long as the strip; channels last, location
 // by location. A location is computed by the same operations wherever its strip begins.
 
-#include "entropy_gate_math.h"
+#include "cpu/entropy_gate/stored_kernel.h"
 
 namespace CSF_CAPABILITY {
-
-template <class S>
-struct Simd {
-  typedef S Vector __attribute__((vector_size(CSF_VECTOR_BYTES)));
-  static constexpr int64_t lanes = CSF_VECTOR_BYTES / sizeof(S);
-};
-template <class S>
-using Vector = typename Simd<S>::Vector;
-
-typedef uint16_t HalfWords __attribute__((vector_size(CSF_VECTOR_BYTES / 2)));
-typedef uint32_t Words __attribute__((vector_size(CSF_VECTOR_BYTES)));
-typedef uint64_t DoubleWords __attribute__((vector_size(CSF_VECTOR_BYTES)));
-
-template <>
-struct Number<Vector<float>> {
-  using Scalar = float;
-  using Bits = Words;
-};
-
-template <>
-struct Number<Vector<double>> {
-  using Scalar = double;
-  using Bits = DoubleWords;
-};
-
-template <class Value>
-constexpr int64_t kLanes = sizeof(Value) / sizeof(Scalar<Value>);
-
-// The number type that features of a stored type are computed in.
-template <class Stored>
-using Computed = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-
-template <class To, class From>
-static inline To convert_integers(From from) {
-  if constexpr (std::is_integral_v<From>) {
-    return static_cast<To>(from);
-  } else {
-    return __builtin_convertvector(from, To);
-  }
-}
-
-template <class Value>
-using Packed = std::conditional_t<kLanes<Value> == 1, uint16_t, HalfWords>;
-
-template <class Value>
-static inline Value load(const Scalar<Value>* address) {
-  Value value;
-  memcpy(&value, address, sizeof(value));
-  return value;
-}
-
-// Writes a value past the caches where STREAMED, which needs an address that is a multiple of the value's size.
-template <bool STREAMED, class Bytes>
-static inline void write(void* address, const Bytes& bytes) {
-#if defined(__x86_64__)
-  if constexpr (STREAMED && sizeof(Bytes) == 8) {
-    return _mm_stream_si64(static_cast<long long*>(address), same_bits<long long>(bytes));
-  } else if constexpr (STREAMED && sizeof(Bytes) == 16) {
-    return _mm_stream_si128(static_cast<__m128i*>(address), same_bits<__m128i>(bytes));
-  }
-#endif
-#if CSF_VECTOR_BYTES >= 32
-  if constexpr (STREAMED && sizeof(Bytes) == 32) {
-    return _mm256_stream_si256(static_cast<__m256i*>(address), same_bits<__m256i>(bytes));
-  }
-#endif
-#if CSF_VECTOR_BYTES == 64
-  if constexpr (STREAMED && sizeof(Bytes) == 64) {
-    return _mm512_stream_si512(static_cast<__m512i*>(address), same_bits<__m512i>(bytes));
-  }
-#endif
-  memcpy(address, &bytes, sizeof(bytes));
-}
-
-// Makes streamed values visible to other threads.
-static inline void finish_writes() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-template <class Value, bool STREAMED = false>
-static inline void store(Scalar<Value>* address, Value value) {
-  write<STREAMED>(address, value);
-}
-
-template <class Value>
-static inline Value load(const Bfloat16* address) {
-  using Bits = typename Number<Value>::Bits;
-  Packed<Value> bits;
-  memcpy(&bits, address, sizeof(bits));
-  return same_bits<Value>(Bits(convert_integers<Bits>(bits) << 16));
-}
-
-template <class Value, bool STREAMED = false>
-static inline void store(Bfloat16* address, Value value) {
-  using Bits = typename Number<Value>::Bits;
-  const Bits bits = same_bits<Bits>(value);
-  const Bits rounded = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;  // to nearest, ties to even
-  const Bits nan = Bits{} + 0x7fc0;
-  const auto packed = convert_integers<Packed<Value>>(Bits(value == value ? rounded : nan));
-  write<STREAMED>(address, packed);
-}
-
-template <class Value>
-static inline Value load(const Float16* address) {
-  using Bits = typename Number<Value>::Bits;
-  Packed<Value> packed;
-  memcpy(&packed, address, sizeof(packed));
-  const Bits bits = convert_integers<Bits>(packed);
-  const Bits magnitude = (bits & 0x7fff) << 13;
-  const Bits finite = same_bits<Bits>(Value(same_bits<Value>(magnitude) * 0x1p112f));  // exponent bias 15 to 127
-  const Bits infinite_or_nan = magnitude | 0x7f800000;
-  const Bits wide = magnitude >= 0x0f800000u ? infinite_or_nan : finite;
-  return same_bits<Value>(Bits(wide | ((bits & 0x8000) << 16)));
-}
-
-template <class Value, bool STREAMED = false>
-static inline void store(Float16* address, Value value) {
-  using Bits = typename Number<Value>::Bits;
-  const Bits bits = same_bits<Bits>(value);
-  const Bits magnitude = bits & 0x7fffffff;
-  const Bits infinity = Bits{} + 0x7c00, nan = Bits{} + 0x7e00;
-  // Normal numbers: move the exponent's bias from 127 to 15, round to nearest, ties to even; a carry may give infinity.
-  const Bits normal = (magnitude - 0x38000000 + (((magnitude >> 13) & 1) + 0xfff)) >> 13;
-  // Below 2^-14: adding 1/2 rounds to multiples of 2^-24.
-  const Bits subnormal = same_bits<Bits>(Value(same_bits<Value>(magnitude) + 0.5f)) - 0x3f000000;
-  Bits narrow = magnitude < 0x38800000u ? subnormal : normal;
-  narrow = magnitude >= 0x47800000u ? infinity : narrow;
-  narrow = magnitude > 0x7f800000u ? nan : narrow;
-  const auto packed = convert_integers<Packed<Value>>(Bits(narrow | ((bits >> 16) & 0x8000)));
-  write<STREAMED>(address, packed);
-}
 
 template <class Stored>
 static inline Stored* element(const View& view, int64_t image, int64_t channel, int64_t location) {
@@ -180,8 +47,8 @@ class LogitBlock {
     }
   }
 
-  V operator()(int64_t m) const { return load<V>(numbers_ + m * lanes); }
-  void set(int64_t m, V value) { store<V>(numbers_ + m * lanes, value); }
+  V operator()(int64_t m) const { return load_as<V>(numbers_ + m * lanes); }
+  void set(int64_t m, V value) { store_as<V>(numbers_ + m * lanes, value); }
 
  private:
   template <class Stored>
@@ -191,12 +58,12 @@ class LogitBlock {
       for (int64_t m = 0; m < classes_; ++m) {
         const Stored* source = element<Stored>(view, image, m, location);
         if (whole) {
-          set(m, load<V>(source));
+          set(m, load_as<V>(source));
           continue;
         }
         // Lanes past the last location repeat it: they are computed and thrown away.
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          numbers_[m * lanes + lane] = load<S>(source + (lane < count ? lane : count - 1) * view.location);
+          numbers_[m * lanes + lane] = load_as<S>(source + (lane < count ? lane : count - 1) * view.location);
         }
       }
     }
@@ -209,11 +76,11 @@ class LogitBlock {
       for (int64_t m = 0; m < classes_; ++m) {
         Stored* target = element<Stored>(view, image, m, location);
         if (whole) {
-          store<V>(target, (*this)(m));
+          store_as<V>(target, (*this)(m));
           continue;
         }
         for (int64_t lane = 0; lane < count; ++lane) {
-          store<S>(target + lane * view.location, numbers_[m * lanes + lane]);
+          store_as<S>(target + lane * view.location, numbers_[m * lanes + lane]);
         }
       }
     }
@@ -267,10 +134,10 @@ __attribute__((noinline)) static void gate_strip(const View& view, Strip strip, 
     logits.read(view, strip.image, location, count);
     Softmax<V> softmax;
     const V u = uncertainty<V>(logits, logits.classes(), logits.inverse_log_classes(), softmax);
-    store<V>(arrays.gates + l, gate(u));
-    store<V>(arrays.largest + l, softmax.largest);
-    store<V>(arrays.inverse_sum + l, softmax.inverse_sum);
-    store<V>(arrays.mean + l, softmax.mean);
+    store_as<V>(arrays.gates + l, gate(u));
+    store_as<V>(arrays.largest + l, softmax.largest);
+    store_as<V>(arrays.inverse_sum + l, softmax.inverse_sum);
+    store_as<V>(arrays.mean + l, softmax.mean);
     if (uncertainties != nullptr) memcpy(uncertainties + l, &u, count * sizeof(S));
   }
 }
@@ -286,8 +153,8 @@ static inline int64_t forward_run(const Stored* features, int64_t features_chann
 #pragma GCC unroll 8
       for (int t = 0; t < turn; ++t) {
         const int64_t at = i + t * kLanes<Value>;
-        store<Value, STREAMED>(gated + c * gated_channel + at,
-                               load<Value>(features + c * features_channel + at) * load<Value>(gates + at));
+        store_as<Value, STREAMED>(gated + c * gated_channel + at,
+                               load_as<Value>(features + c * features_channel + at) * load_as<Value>(gates + at));
       }
     }
   }
@@ -312,9 +179,9 @@ static inline void forward_location(const Stored* features, Stored* gated, int64
   typedef Vector<S> V;
   int64_t c = 0;
   for (; c + Simd<S>::lanes <= channels; c += Simd<S>::lanes) {
-    store<V, STREAMED>(gated + c, load<V>(features + c) * factor);
+    store_as<V, STREAMED>(gated + c, load_as<V>(features + c) * factor);
   }
-  for (; c < channels; ++c) store<S>(gated + c, load<S>(features + c) * factor);
+  for (; c < channels; ++c) store_as<S>(gated + c, load_as<S>(features + c) * factor);
 }
 
 template <class Stored, bool STREAMED>
@@ -363,15 +230,15 @@ static inline int64_t backward_run(const Stored* grad_gated, int64_t grad_gated_
 #pragma GCC unroll 8
       for (int t = 0; t < turn; ++t) {
         const int64_t at = i + t * kLanes<Value>;
-        const Value grad = load<Value>(grad_gated + c * grad_gated_channel + at);
-        totals[t] += grad * load<Value>(features + c * features_channel + at);
-        store<Value, STREAMED>(grad_features + c * grad_features_channel + at, grad * load<Value>(gates + at));
+        const Value grad = load_as<Value>(grad_gated + c * grad_gated_channel + at);
+        totals[t] += grad * load_as<Value>(features + c * features_channel + at);
+        store_as<Value, STREAMED>(grad_features + c * grad_features_channel + at, grad * load_as<Value>(gates + at));
       }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < turn; ++t) {
       const int64_t at = i + t * kLanes<Value>;
-      store<Value>(sums + at, load<Value>(sums + at) + totals[t]);
+      store_as<Value>(sums + at, load_as<Value>(sums + at) + totals[t]);
     }
   }
   return i;
@@ -405,22 +272,22 @@ static inline Computed<Stored> backward_location(const Stored* grad_gated, const
   for (; c + kSums * lanes <= channels; c += kSums * lanes) {
 #pragma GCC unroll 4
     for (int k = 0; k < kSums; ++k) {
-      const V grad = load<V>(grad_gated + c + k * lanes);
-      sums[k] += grad * load<V>(features + c + k * lanes);
-      store<V, STREAMED>(grad_features + c + k * lanes, grad * factor);
+      const V grad = load_as<V>(grad_gated + c + k * lanes);
+      sums[k] += grad * load_as<V>(features + c + k * lanes);
+      store_as<V, STREAMED>(grad_features + c + k * lanes, grad * factor);
     }
   }
   for (; c + lanes <= channels; c += lanes) {
-    const V grad = load<V>(grad_gated + c);
-    sums[0] += grad * load<V>(features + c);
-    store<V, STREAMED>(grad_features + c, grad * factor);
+    const V grad = load_as<V>(grad_gated + c);
+    sums[0] += grad * load_as<V>(features + c);
+    store_as<V, STREAMED>(grad_features + c, grad * factor);
   }
   const V vector_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   S sum = 0;
   for (; c < channels; ++c) {
-    const S grad = load<S>(grad_gated + c);
-    sum += grad * load<S>(features + c);
-    store<S>(grad_features + c, grad * factor);
+    const S grad = load_as<S>(grad_gated + c);
+    sum += grad * load_as<S>(features + c);
+    store_as<S>(grad_features + c, grad * factor);
   }
   for (int64_t lane = 0; lane < lanes; ++lane) sum += vector_sum[lane];
   return sum;
@@ -454,7 +321,7 @@ static void backward_as(const Backward& work, Strip strip, void* scratch) {
   const StripArrays<S> arrays(scratch);
   LogitBlock<S> logits(arrays.logits, work.shape);
   gate_strip(work.logits, strip, logits, arrays, static_cast<S*>(nullptr));
-  for (int64_t l = 0; l < strip.end - strip.begin; l += lanes) store<V>(arrays.sums + l, V{});
+  for (int64_t l = 0; l < strip.end - strip.begin; l += lanes) store_as<V>(arrays.sums + l, V{});
   if (work.grad_gated.data != nullptr) {
     if (work.streamed) {
       backpropagate_features<Stored, true>(work, strip, arrays);
@@ -465,13 +332,14 @@ static void backward_as(const Backward& work, Strip strip, void* scratch) {
   for (int64_t location = strip.begin; location < strip.end; location += lanes) {
     const int64_t count = lanes_left<S>(location, strip.end);
     const int64_t l = location - strip.begin;
-    V grad = -load<V>(arrays.sums + l);  // of u: the gate is 2 - u
+    V grad = -load_as<V>(arrays.sums + l);  // of u: the gate is 2 - u
     if (work.grad_uncertainty.data != nullptr) {
       V direct{};
       memcpy(&direct, element<S>(work.grad_uncertainty, strip.image, 0, location), count * sizeof(S));
       grad += direct;
     }
-    const Softmax<V> softmax{load<V>(arrays.largest + l), load<V>(arrays.inverse_sum + l), load<V>(arrays.mean + l)};
+    const Softmax<V> softmax{load_as<V>(arrays.largest + l), load_as<V>(arrays.inverse_sum + l),
+                             load_as<V>(arrays.mean + l)};
     logits.read(work.logits, strip.image, location, count);
     for (int64_t m = 0; m < work.shape.classes; ++m) {
       logits.set(m, grad * uncertainty_derivative<V>(softmax, logits(m), logits.inverse_log_classes()));
