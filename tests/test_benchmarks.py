@@ -22,7 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("monai")
 
-from benchmarks import call, ceilings, gate, pdcr, plot, record, registry, step, table, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    against,
+    call,
+    ceilings,
+    gate,
+    pdcr,
+    plot,
+    record,
+    registry,
+    step,
+    table,
+    timing,
+)
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.operation import OURS, Case, Implementation, Operation, Unavailable  # noqa: E402
 from benchmarks.session import Session  # noqa: E402
@@ -535,13 +547,33 @@ def test_the_failures_of_a_gpus_tests_are_named() -> None:
     assert len(kept["float64_checks"]) == 43
 
 
+class TestAgainst:
+    def test_a_tree_against_itself(self, tmp_path: Path) -> None:
+        cases = [case for case in registry.QUICK if case.operation.name in ("pdcr_loss", "entropy_gate")]
+        found = against.measure(ROOT, cases, rounds=1, seconds=0.0)
+        assert list(found) == [case.id for case in cases]
+        for times in found.values():
+            assert all(0 < time < 60 for each in times.values() for time in each)
+            assert len(times["before"]) == len(times["after"]) == 1
+        text = against.table(found)
+        assert f"| {cases[0].id} |" in text
+        made = against.describe("the command", ROOT, found)
+        assert made["commits"]["before"] == made["commits"]["after"]
+        assert made["cases"][0]["ratio"] == against.ratio(found[cases[0].id])
+
+    def test_another_folder_is_refused_in_its_words(self, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match=str(tmp_path)):
+            against.measure(tmp_path, list(registry.QUICK[:1]), rounds=1)
+
+
 class TestCommand:
     def test_quick_run_records_times_and_memory(self, tmp_path: Path) -> None:
         out = tmp_path / "quick.json"
         pattern = r"^pdcr_loss/random.*(ours|reference|three products)$"
         arguments = ["--quick", "--only", pattern, "--rounds", "2", "--out", str(out)]
         command = [sys.executable, "-m", "benchmarks", *arguments]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        finished = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         made = json.loads(out.read_text())
         (case,) = made["cases"]
