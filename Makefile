@@ -25,8 +25,12 @@ $(READY): pyproject.toml setup.py $(SOURCES)
 demo: $(READY)
 	$(BIN)/python -m contrastseg_fast.experiments.demo $(ARGS)
 
+# A process for every core, each with one thread; the tests of a file share a process, and what it compiled.
+# ARGS="-n0" keeps all in one process, for a debugger.
+PARALLEL := -n auto --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # An environment $(1) with the packages $(2) and what builds this one.
 define make-environment
@@ -46,7 +50,8 @@ endef
 
 # The tests in the environment $(1), without the repository on the path, so that they import the installed package.
 define test-package
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/tests $(1)/bin/pytest -o pythonpath= -o testpaths=tests \
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/tests $(1)/bin/pytest $(PARALLEL) \
+		-o pythonpath= -o testpaths=tests \
 		--ignore tests/test_benchmarks.py --ignore tests/gpu/test_timing.py $(ARGS)
 endef
 
