@@ -299,33 +299,48 @@ def _run_tests(recorder: Recorder) -> None:
 
 
 def _replace_references() -> None:
-    """Zeros in place of what the tests compare with, which takes long and launches nothing."""
+    """Zeros of the right shapes for what the tests compare with, which takes long and launches nothing."""
     from gpu import oracle
 
-    from contrastseg_fast import reference
+    from contrastseg_fast import equations, reference, unchecked
 
-    def pdcr_loss(vectors: Tensor, ratios: Tensor, *, reduction: str = "mean", **_options: Any) -> Tensor:
+    fast_loss, fast_fraction, fast_ratio = (
+        unchecked.pdcr_loss,
+        unchecked.repelled_fraction,
+        unchecked.foreground_ratio,
+    )
+
+    def pdcr_loss(vectors: Tensor, *others: Any) -> Tensor:
+        *_, reduction, backend = others
+        if backend != "reference":
+            return fast_loss(vectors, *others)
         loss = 0 * vectors.sum((1, 2))
         return loss if reduction == "none" else loss.mean()
 
-    def foreground_ratio(
-        labels: Tensor, starts: Tensor, size: Any, num_classes: int, **_options: Any
-    ) -> tuple[Tensor, Tensor]:
-        ratios = torch.zeros(labels.shape[0], starts.shape[-2], num_classes)
-        return ratios, ratios[..., 0]
+    def repelled_fraction(vectors: Tensor, *others: Any) -> Tensor:
+        return torch.zeros(len(vectors)) if others[-1] == "reference" else fast_fraction(vectors, *others)
 
-    def entropy_gate(features: Tensor, logits: Tensor, *, return_uncertainty: bool = False) -> Any:
+    def foreground_ratio(
+        labels: Tensor, starts: Tensor, size: Any, num_classes: int, *others: Any, **options: Any
+    ) -> tuple[Tensor, ...]:
+        backend = options.get("backend", others[-1] if others else "reference")
+        if backend != "reference":
+            return fast_ratio(labels, starts, size, num_classes, *others, **options)
+        ratios = torch.zeros(labels.shape[0], starts.shape[-2], num_classes)
+        return ratios, ratios[..., 0], ratios[..., :0]
+
+    def entropy_gate(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         uncertainty = 0 * logits.sum(1, keepdim=True)
-        gated = features * (2 - uncertainty).to(features.dtype)
-        return (gated, uncertainty) if return_uncertainty else gated
+        return features * (2 - uncertainty).to(features.dtype), uncertainty
 
     def sampled_rows(vectors: Tensor, _ratios: Tensor, rows: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
         return vectors.new_zeros((), dtype=torch.float64), torch.zeros(len(rows), vectors.shape[1])
 
-    reference.pdcr_loss = pdcr_loss
-    reference.foreground_ratio = foreground_ratio
-    reference.entropy_gate = entropy_gate
-    reference.repelled_fraction = lambda vectors, *_args, **_options: torch.zeros(len(vectors))
+    unchecked.pdcr_loss = pdcr_loss
+    unchecked.repelled_fraction = repelled_fraction
+    unchecked.foreground_ratio = foreground_ratio
+    equations.entropy_gate = entropy_gate
+    reference.foreground_ratio = lambda *arguments, **_options: foreground_ratio(*arguments)[:2]
     oracle.sampled_rows = sampled_rows
 
 
