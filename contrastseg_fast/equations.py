@@ -20,6 +20,13 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def all_if_none(valid: Tensor | None, vectors: Tensor) -> Tensor:
+    """Which vectors `(B, N, C)` make pairs `(B, N)`, bool: those that are given, or all."""
+    if valid is not None:
+        return valid
+    return torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+
+
 def gather_vectors(features: Tensor, positions: Tensor) -> Tensor:
     """The vectors `(B, N, C)` of a map `(B, C, *spatial)` at positions `(N,)` in raster order."""
     return features.flatten(2)[:, :, positions].mT

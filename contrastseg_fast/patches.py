@@ -25,7 +25,7 @@ class PatchContents(NamedTuple):
         ratios: `(B, N, M)`.
         valid: which vectors make pairs `(B, N)`, bool.
         inside: the ratios over the patches' parts inside the image `(B, N, M)`, where these are needed, else
-            `(B, N, 0)`.
+            `ratios`.
     """
 
     ratios: Tensor

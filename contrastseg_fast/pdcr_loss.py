@@ -229,6 +229,7 @@ class PDCRLoss(PDCROptions):
             if self.backend not in ("auto", "reference"):
                 self._check_backend(sample.vectors, labels, layer)
         contents: list[dict[Layer, PatchContents]] = []
+        with_inside = self.skip_homogeneous and self.border != "clip"  # whose ratios are those inside
         for patches in self.patches_by_size:
             contents.append({})
             for layer, sample in by_layer.items():
@@ -240,13 +241,13 @@ class PDCRLoss(PDCROptions):
                     max(self.num_classes, 2),
                     self.border,
                     label_map.ignore_index,
-                    self.skip_homogeneous,
+                    with_inside,
                     self.backend,
                 )
                 if label_map.soft and functional.is_checked(ratios) and ratios.numel() > 0:
                     functional.check_ratio_sum(ratios, self.class_distance)
                 valid = valid_fraction >= self.min_valid_fraction
-                contents[-1][layer] = PatchContents(ratios, valid, inside)
+                contents[-1][layer] = PatchContents(ratios, valid, inside if with_inside else ratios)
         return contents
 
     def _check_backend(self, vectors: Tensor, labels: Tensor, layer: Layer) -> None:

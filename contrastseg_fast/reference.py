@@ -7,7 +7,7 @@ runs a fast kernel, whichever method is called. Arguments are not checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -57,10 +57,6 @@ def _pair(
     return pair, select_compared(ratios, affinity, include_background)
 
 
-def _all_if_none(valid: Tensor | None, vectors: Tensor) -> Tensor:
-    return torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device) if valid is None else valid
-
-
 def affinity_matrices(
     ratios: Tensor, affinity: str = "ratio", class_distance: str = "mean", include_background: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +85,7 @@ def pdcr_loss(
 ) -> Tensor:
     """Eq. 7, as `functional.pdcr_loss`."""
     pair, compared = _pair(ratios, temperature, affinity, class_distance, include_background, variant)
-    valid = _all_if_none(valid, vectors)
+    valid = equations.all_if_none(valid, vectors)
     total = equations.pdcr_loss(*pair.matrices(vectors, compared), temperature, valid)
     return equations.reduce(total, valid, reduction)
 
@@ -108,7 +104,7 @@ def repelled_fraction(
     """The share of pairs that Eq. 7 drives apart, as `functional.repelled_fraction`."""
     pair, compared = _pair(ratios, temperature, affinity, class_distance, include_background, variant)
     matrices = pair.matrices(vectors.detach(), compared)
-    return equations.repelled_fraction(*matrices, temperature, _all_if_none(valid, vectors))
+    return equations.repelled_fraction(*matrices, temperature, equations.all_if_none(valid, vectors))
 
 
 def nt_xent_loss(a: Tensor, b: Tensor, *, temperature: float = 0.5, reduction: str = "mean") -> Tensor:
@@ -159,18 +155,7 @@ class PDCRLoss(PDCROptions):
         losses = []
         for vectors, sizes in self._sets(samples, labels, mask):
             by_size = [
-                pdcr_loss(
-                    vectors,
-                    contents.ratios,
-                    temperature=self.temperature,
-                    affinity=self.affinity,
-                    class_distance=self.class_distance,
-                    include_background=self.counts_background,
-                    valid=contents.valid,
-                    variant=self.variant,
-                    reduction=self.reduction,
-                )
-                for contents in sizes
+                pdcr_loss(vectors, c.ratios, reduction=self.reduction, **self._pair_options(c)) for c in sizes
             ]
             losses.append(torch.stack(by_size).mean(0))
         stacked = torch.stack(losses, -1)
@@ -183,21 +168,20 @@ class PDCRLoss(PDCROptions):
         """The share of pairs that `loss` drives apart."""
         fractions = []
         for vectors, sizes in self._sets(samples, labels, mask):
-            by_size = [
-                repelled_fraction(
-                    vectors,
-                    contents.ratios,
-                    temperature=self.temperature,
-                    affinity=self.affinity,
-                    class_distance=self.class_distance,
-                    include_background=self.counts_background,
-                    valid=contents.valid,
-                    variant=self.variant,
-                )
-                for contents in sizes
-            ]
+            by_size = [repelled_fraction(vectors, c.ratios, **self._pair_options(c)) for c in sizes]
             fractions.append(torch.stack(by_size).mean(0))
         return torch.stack(fractions, -1)
+
+    def _pair_options(self, contents: PatchContents) -> dict[str, Any]:
+        """How pairs are scored, and which vectors make pairs."""
+        return {
+            "temperature": self.temperature,
+            "affinity": self.affinity,
+            "class_distance": self.class_distance,
+            "include_background": self.counts_background,
+            "valid": contents.valid,
+            "variant": self.variant,
+        }
 
     def _sets(
         self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None

@@ -31,7 +31,7 @@ def pdcr_loss(
 ) -> Tensor:
     """`functional.pdcr_loss`."""
     if backend == "reference":
-        valid = _all(vectors) if valid is None else valid
+        valid = equations.all_if_none(valid, vectors)
         total = equations.pdcr_loss(*affinity.matrices(vectors, compared), affinity.temperature, valid)
         return equations.reduce(total, valid, reduction)
     image_loss, _ = pdcr.pdcr_forward(vectors, compared, valid, [*affinity], backend)
@@ -48,7 +48,7 @@ def repelled_fraction(
     vectors: Tensor, compared: Tensor, valid: Tensor | None, affinity: Affinity, backend: str
 ) -> Tensor:
     """`functional.repelled_fraction`, in chunks of rows: N x N is never stored."""
-    valid = _all(vectors) if valid is None else valid
+    valid = equations.all_if_none(valid, vectors)
     if backend == "reference":
         matrices = affinity.matrices(vectors, compared)
         return equations.repelled_fraction(*matrices, affinity.temperature, valid)
@@ -90,7 +90,3 @@ def foreground_ratio(
     )
     ratios, valid_fraction = count(border=border)
     return ratios, valid_fraction, count(border="clip")[0] if with_inside else ratios[..., :0]
-
-
-def _all(vectors: Tensor) -> Tensor:
-    return torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)

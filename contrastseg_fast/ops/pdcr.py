@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast.affinity import Affinity
+from contrastseg_fast.equations import all_if_none
 from contrastseg_fast.ops._dispatch import Operation, pick
 from contrastseg_fast.ops._library import (
     accumulation_dtype,
@@ -68,9 +69,7 @@ def _is_pair(valid: Tensor, rows: slice) -> Tensor:
 
 def _prepare(vectors: Tensor, ratios: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unit, inverse_length = normalised(vectors)
-    if valid is None:
-        valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-    return unit, inverse_length, ratios.to(unit.dtype), valid
+    return unit, inverse_length, ratios.to(unit.dtype), all_if_none(valid, vectors)
 
 
 def _forward(
