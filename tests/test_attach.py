@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contrastseg_fast import PDCRLoss, ReceptiveField, attach_pdcr, insert_uafs, receptive_fields
 from contrastseg_fast.attach import AttachedPDCR, find_layers, remove_uafs
+from contrastseg_fast.attach.extended import BEFORE, is_extended
 from contrastseg_fast.functional import foreground_ratio, repelled_fraction
 
 X = (2, 1, 24, 32)
@@ -114,8 +115,8 @@ def test_outputs_and_state_dict_stay_as_they_are() -> None:
     assert list(model.state_dict()) == keys
     pdcr.remove()
     pdcr.remove()
-    assert not model._forward_pre_hooks
-    assert not model.down._forward_hooks
+    assert type(model) is Net
+    assert type(model.down) is nn.Sequential
     model(x)
     with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
         pdcr(batch()[1])
@@ -290,8 +291,8 @@ def test_copies_and_pickles_take_the_regularizer_along() -> None:
         other(x)
         torch.testing.assert_close(regularizer(y), expected)
         regularizer.remove()
-        assert not other.down._forward_hooks
-    assert model.down._forward_hooks
+        assert type(other.down) is nn.Sequential
+    assert is_extended(model.down)
     torch.testing.assert_close(pdcr(y), expected)
 
 
@@ -472,7 +473,7 @@ def test_a_model_has_one_attribute_for_heads() -> None:
         with pytest.raises(ValueError, match=rf"model: expected no attribute 'pdcr'.*{type(taken).__name__}"):
             attach_pdcr(model, "down", 3, example_input=x, projection="linear")
         assert model.pdcr is taken
-        assert not model.down._forward_hooks
+        assert not is_extended(model)
         attach_pdcr(model, "down", 3, example_input=x)
     model = Net()
     first = attach_pdcr(model, "down", 3, example_input=x, projection="linear")
@@ -506,8 +507,8 @@ def test_a_regularizer_registers_no_parameters() -> None:
 
 
 def regularizer_of(model: nn.Module) -> AttachedPDCR:
-    (hook,) = model._forward_pre_hooks.values()
-    return hook.__self__
+    (begin_pass,) = model.__dict__[BEFORE]
+    return begin_pass.__self__
 
 
 def test_copies_project_with_their_own_heads() -> None:
@@ -565,9 +566,9 @@ def test_data_parallel_is_refused() -> None:
         model = Net()
         function(model, "down", 2, example_input=x)
         model(x)
-        module = model if function is attach_pdcr else model.down
+        module = model if function is attach_pdcr else model.down.uafs
         with pytest.raises(RuntimeError, match="one process per device, got DataParallel"):
-            module._replicate_for_data_parallel()(x if module is model else torch.zeros(2, 4, 8, 8))
+            module._replicate_for_data_parallel()(x if module is model else torch.zeros(2, 6, 8, 8))
 
 
 def test_compiled_models_and_things_that_are_no_models_are_refused() -> None:
@@ -634,7 +635,7 @@ def test_stages_chosen_for_gates() -> None:
         (
             nets.SegResNet(3, 8, 1, 3),
             volume,
-            [f"down_layers.{k}" for k in range(4)] + ["up_layers.0", "up_layers.1", "act_mod"],
+            ["act_mod", *(f"down_layers.{k}" for k in range(4)), "up_layers.0", "up_layers.1"],
         ),
         (
             nets.DynUNet(3, 1, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 8, 8], deep_supervision=True),
@@ -644,13 +645,13 @@ def test_stages_chosen_for_gates() -> None:
         (
             nets.UNet(2, 1, 3, (4, 8, 8), (2, 2), num_res_units=2),
             x,
-            ["model.0", "model.1.submodule.1", "model.1.submodule"],  # no skip connections on the way up
+            ["model.0", "model.1.submodule", "model.1.submodule.1"],  # no skip connections on the way up
         ),
     ]
     for model, example, names in stages:
         keys = list(model.state_dict())
         insert_uafs(model, "auto", 2, example_input=example)
-        assert [name.replace("/", ".") for name in model.uafs] == names
+        assert sorted(model.uafs) == sorted(names)
         assert list(remove_uafs(model).state_dict()) == keys
 
 
@@ -872,7 +873,8 @@ def test_gates_can_be_taken_out() -> None:
     assert remove_uafs(other) is other
     assert torch.equal(other(x), expected)
     assert list(other.state_dict()) == keys
-    assert not other.down._forward_hooks
+    assert not any(is_extended(module) for module in other.modules())
+    assert vars(other).keys() == vars(Net()).keys()
     assert torch.equal(model(x), gated)
     with pytest.raises(ValueError, match="gates"):
         remove_uafs(other)
@@ -970,9 +972,10 @@ def test_gates_replace_outputs_and_keep_every_key() -> None:
         insert_uafs(model, ["down", "deep"], 3, example_input=x, hidden_channels=5, norm="instance") is model
     )
     after = model.state_dict()
-    assert list(after)[: len(state)] == list(state)
+    assert [key for key in after if ".uafs." not in key] == list(state)
     assert all(torch.equal(after[key], value) for key, value in state.items())
-    assert {key.split(".")[0] for key in list(after)[len(state) :]} == {"uafs"}
+    added = {key.split(".uafs.")[0] for key in after if key not in state}
+    assert added == set(model.uafs) == {"down", "deep"}
     gate = model.uafs["deep"]
     assert (gate.in_channels, gate.num_classes, gate.head[0].out_channels) == (8, 3, 5)
     assert not gate.training
@@ -992,9 +995,9 @@ def test_gates_in_sequences_and_volumes() -> None:
     plain = copy.deepcopy(model)
     insert_uafs(model, ["0"], 2, example_input=x)
     insert_uafs(model, ["1.0"], 3, example_input=x)
-    assert list(model.uafs) == ["0", "1/0"]
+    assert list(model.uafs) == ["0", "1.0"]
     model.eval()
-    hidden = model.uafs["1/0"](torch.relu(model.uafs["0"](plain[0](x))))
+    hidden = model.uafs["1.0"](torch.relu(model.uafs["0"](plain[0](x))))
     torch.testing.assert_close(model(x), plain[1][1](hidden))
 
 
@@ -1052,7 +1055,7 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> Non
         model = Net()
         with pytest.raises(ValueError, match=message):
             function(model, **arguments)
-        assert not model.down._forward_hooks
+        assert not any(is_extended(module) for module in model.modules())
         assert not hasattr(model, "uafs")
 
 

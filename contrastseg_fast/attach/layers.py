@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from contrastseg_fast import _checks
-from contrastseg_fast.attach.gates import Gates
+from contrastseg_fast.attach.extended import Gate, can_hold_gate
 from contrastseg_fast.attach.model_checks import check_example
 from contrastseg_fast.projection import Projections
 from contrastseg_fast.receptive_field import LayerRun, trace_layers, unknown_layer
@@ -101,7 +101,8 @@ def select_stages(model: nn.Module, example: Tensor) -> Selection:
     """What `"auto"` chooses for gates: one encoder and one decoder layer for each resolution."""
     runs = _trace_all(model, example)
     names: list[str] = []
-    for candidates in _encoder_and_decoder(model, example, runs):
+    for found in _encoder_and_decoder(model, example, runs):
+        candidates = [each for each in found if can_hold_gate(model.get_submodule(each.run.name))]
         names += _one_of_each(model, [(_halvings(each.run, example), each) for each in candidates])
     if not names:
         _checks.fail("layers", "a model with feature maps inside", "none for 'auto' to choose; name them")
@@ -174,7 +175,7 @@ def _added_modules(model: nn.Module) -> set[str]:
     """The names of all gates and projection heads in a model, and of the modules inside them."""
     added: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (Gates, Projections)):
+        if isinstance(module, (Gate, Projections)):
             added.update(name for name, _ in module.named_modules(prefix=prefix, remove_duplicate=False))
     return added
 

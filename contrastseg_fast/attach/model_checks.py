@@ -6,17 +6,25 @@ from torch import Tensor, nn
 
 from contrastseg_fast import _checks
 
-_NO_DATA_PARALLEL = "DataParallel, whose replicas share hooks (use DistributedDataParallel)"
+ORDER = "insert gates, attach PDCR, make the optimizer, then compile or wrap the model"
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_NO_DATA_PARALLEL = "DataParallel, whose replicas would share what is attached (use DistributedDataParallel)"
 
 
 def check_model(model: nn.Module) -> None:
-    """Check that a model is a module, is not compiled, and contains no DataParallel."""
+    """Check that a model is a module, is not compiled, and neither is nor contains a parallel one."""
     if not isinstance(model, nn.Module):
         _checks.fail_type("model", "an nn.Module", type(model).__name__)
     if hasattr(model, "_orig_mod"):
-        _checks.fail_type("model", "one to be compiled afterwards", f"a compiled {type(model).__name__}")
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        _checks.fail_type("model", f"one without {_NO_DATA_PARALLEL}", "nn.DataParallel")
+        got = f"a compiled {type(model._orig_mod).__name__}; {ORDER}"
+        _checks.fail_type("model", "one to be compiled afterwards", got)
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            _checks.fail_type("model", f"one without {_NO_DATA_PARALLEL}", "nn.DataParallel")
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
+                name = cls.__name__.replace("FSDPModule", "a model sharded by fully_shard")
+                _checks.fail_type("model", "one to be wrapped afterwards", f"{name}; {ORDER}")
 
 
 def refuse_replica(module: nn.Module) -> None:

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from contrastseg_fast import _checks
-from contrastseg_fast.attach.gates import GATES, GateHook, Gates
+from contrastseg_fast.attach.extended import (
+    BEFORE,
+    Gate,
+    check_extensible,
+    gate_of,
+    put_gate,
+    take_gate,
+)
 from contrastseg_fast.attach.layers import select_layers, select_stages
 from contrastseg_fast.attach.model_checks import check_example, check_model
-from contrastseg_fast.attach.pdcr import AttachedPDCR
-from contrastseg_fast.projection import submodule_name
-from contrastseg_fast.uafs import UAFS
+
+VIEW = "uafs"  # the name of the view of its gates among the attributes of a model
+
+
+class Gates(Mapping[str, Gate]):
+    """The gates in a model, by the names of their layers. After `insert_uafs` it is `model.uafs`.
+
+    This is a view: each gate is the child `uafs` of its layer. `del model.uafs[layer]` takes a gate out.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> model = insert_uafs(model, ["0", "1"], num_classes=2, example_input=torch.zeros(1, 1, 16, 16))
+        >>> del model.uafs["0"]
+        >>> model.uafs
+        Gates(['1'])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getitem__(self, layer: str) -> Gate:
+        return self._by_layer()[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_layer())
+
+    def __len__(self) -> int:
+        return len(self._by_layer())
+
+    def __delitem__(self, layer: str) -> None:
+        if layer not in self:
+            raise KeyError(layer)
+        take_gate(self._model.get_submodule(layer))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all gates."""
+        for gate in self.values():
+            yield from gate.parameters()
+
+    def __repr__(self) -> str:
+        return f"Gates({list(self)})"
+
+    def _by_layer(self) -> dict[str, Gate]:
+        gates = {name: gate_of(module) for name, module in self._model.named_modules()}
+        return {name: gate for name, gate in gates.items() if gate is not None}
 
 
 def insert_uafs(
@@ -27,21 +78,28 @@ def insert_uafs(
 ) -> nn.Module:
     """Put an uncertainty-aware gate behind layers of a model (Eqs. 8 to 10), in place.
 
-    The gates become the submodule `model.uafs`. They are trained, moved and saved with the model. All other
-    keys of the state dict stay the same. Weights saved without gates load with `strict=False`.
+    A gate becomes the child `uafs` of its layer. Gates are trained, moved, copied and saved with their
+    layers, also where a part of the model is used or saved alone. The new keys of the state dict are
+    `<layer>.uafs.*`, and all other keys stay the same. Weights saved without gates load with `strict=False`.
+    `model.uafs` shows the gates of the model by the names of their layers.
 
     Insert gates before you make the optimizer, and before you attach PDCR: PDCR then uses the gated features
     and the receptive fields that include the gates. `contrastseg_fast.remove_uafs` takes the gates out again.
 
+    A layer with a gate may be replaced later. If the new layer gets the children of the old one, as in
+    `nn.SyncBatchNorm.convert_sync_batchnorm`, or contains the old one, the gate stays at work. Otherwise
+    replacing the layer raises a RuntimeError.
+
     Args:
-        model: a module. Wrap it (in DistributedDataParallel) and compile it afterwards.
+        model: a module. Wrap it (in DistributedDataParallel) and compile it afterwards. A model that was
+            compiled in place, with `model.compile()`, is accepted.
         layers: names of layers as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`. The
             output of a layer, or the first tensor in it, is a feature map `(B, C, *spatial)`; only this
             tensor is gated. If a pattern matches a layer and also layers inside it, only the outer one is
             used. `"auto"` puts a gate behind every stage of the encoder and the decoder. A stage is the
             outermost layer that gives the last feature map of a resolution, on the way down and again on the
             way up. Layers with as many channels as the model's output are not used. `list(model.uafs)` shows
-            the layers, with slashes in place of dots.
+            the layers.
         num_classes: number of classes that the gates predict, at least 2.
         example_input: an input `(B, C, *spatial)` of the model. Only its shape and dtype are used.
         options: other arguments of `UAFS`: `hidden_channels`, `norm`, `backend`.
@@ -50,12 +108,15 @@ def insert_uafs(
         the model.
 
     Raises:
-        TypeError: `model` is not a module, is compiled, or contains DataParallel; `layers` is not a name or
-            an iterable of names; `example_input` is not a tensor; or an option has the wrong type.
+        TypeError: `model` is not a module, is compiled, or contains DataParallel, DistributedDataParallel or
+            sharded modules; `layers` is not a name or an iterable of names, or names a scripted or traced
+            module; `example_input` is not a tensor; or an option has the wrong type.
         ValueError: `layers` is empty, or names a layer that the model does not have, that does not run, that
-            has a gate already, whose output is not a feature map, or the model itself; `layers` is `"auto"`
-            and the model has gates already or has no stages; `model` has another attribute `uafs`;
-            `example_input` is not 4- or 5-dimensional; or `num_classes` or an option has a wrong value.
+            has a gate or another attribute `uafs` already, whose output is not a feature map, that is
+            parametrized, whose `forward` was replaced, that runs all of its children in a forward pass of its
+            own, or the model itself; `layers` is `"auto"` and the model has gates already or has no stages;
+            `model` has another attribute `uafs`; `example_input` is not 4- or 5-dimensional; or `num_classes`
+            or an option has a wrong value.
         RuntimeError: the model does not run on an input without data.
 
     Warns:
@@ -67,55 +128,60 @@ def insert_uafs(
         >>> model = insert_uafs(model, ["1"], num_classes=2, example_input=torch.zeros(1, 1, 16, 16))
         >>> model.uafs["1"].in_channels
         8
+        >>> [key for key in model.state_dict() if key.startswith("1.")][:2]
+        ['1.uafs.head.0.weight', '1.uafs.head.0.bias']
     """
     check_model(model)
     example = check_example(example_input)
-    gates = getattr(model, GATES, None)
-    if gates is not None and not isinstance(gates, Gates):
+    view = getattr(model, VIEW, None)
+    if view is not None and not isinstance(view, Gates):
         _checks.fail(
-            "model", f"no attribute {GATES!r}, the name of the gates' submodule", type(gates).__name__
+            "model", f"no attribute {VIEW!r}, the name of the view of its gates", type(view).__name__
         )
-    if layers == "auto" and gates is not None:
+    has_gates = len(Gates(model)) > 0
+    if layers == "auto" and has_gates:
         _checks.fail("layers", "names, as the model has gates already (remove_uafs takes them out)", "'auto'")
     selection = select_stages(model, example) if layers == "auto" else select_layers(model, layers, example)
-    made: dict[str, UAFS] = {}
+    made: dict[str, Gate] = {}
     for name, run in selection.runs.items():  # in the order in which the layers run
         if name not in selection.names:
             continue
-        if name == "" or (gates is not None and submodule_name(name) in gates):
+        layer = model.get_submodule(name)
+        if name == "" or gate_of(layer) is not None:
             _checks.fail("layers", "layers inside the model that have no gate yet", repr(name))
         _ = run.receptive_field  # raises if the output is not a feature map
-        gate = UAFS(len(run.shape) - 2, run.shape[1], num_classes, **options)
+        check_extensible(layer, f"layers ({name!r})", by_gate=True)
+        gate = Gate(len(run.shape) - 2, run.shape[1], num_classes, **options)
         made[name] = gate.to(run.device, run.dtype).train(model.training)
-    if _has_pdcr(model):
+    if any(BEFORE in module.__dict__ for module in model.modules()):
         warnings.warn(
             "contrastseg_fast: PDCR was attached before these gates and does not know that they widen "
             "receptive fields; insert gates first, then attach PDCR",
             stacklevel=2,
         )
-    if gates is None:
-        gates = Gates()
-        model.add_module(GATES, gates)
     for name, gate in made.items():
-        gates[submodule_name(name)] = gate
-        gates.handles.append(model.get_submodule(name).register_forward_hook(GateHook(gate)))
+        put_gate(model.get_submodule(name), gate)
+    model.__dict__[VIEW] = Gates(model)
     return model
 
 
-def remove_uafs(model: nn.Module) -> nn.Module:
-    """Take all gates that `insert_uafs` put into a model out again, in place.
+def remove_uafs(model: nn.Module, layers: str | Sequence[str] | None = None) -> nn.Module:
+    """Take gates that `insert_uafs` put into a model out again, in place.
 
     If PDCR was attached after the gates were inserted, attach it anew: it keeps the receptive fields that
     include the gates.
 
     Args:
-        model: the model passed to `insert_uafs`.
+        model: the model passed to `insert_uafs`, or a part of it.
+        layers: the names of layers with a gate, as `list(model.uafs)` shows them, or patterns of these names.
+            None means all.
 
     Returns:
-        the model, with the layers, hooks and state dict that it had before.
+        the model. Without gates it has the classes, attributes and state dict that it had before.
 
     Raises:
-        ValueError: the model has no gates.
+        TypeError: `layers` is not a name or an iterable of names.
+        ValueError: the model has no gates, or a name or pattern in `layers` matches none of them.
 
     Example:
         >>> import torch
@@ -124,16 +190,25 @@ def remove_uafs(model: nn.Module) -> nn.Module:
         >>> list(remove_uafs(model).state_dict())
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    gates = getattr(model, GATES, None)
-    if not isinstance(gates, Gates):
+    gates = Gates(model)
+    if not gates:
         _checks.fail("model", "one that insert_uafs put gates into", f"{type(model).__name__} without")
-    for handle in gates.handles:
-        handle.remove()
-    delattr(model, GATES)
+    names = list(gates)
+    for name in names if layers is None else _matches(layers, names):
+        del gates[name]
+    if not gates and isinstance(model.__dict__.get(VIEW), Gates):
+        del model.__dict__[VIEW]
     return model
 
 
-def _has_pdcr(model: nn.Module) -> bool:
-    """Whether PDCR is attached to a model or to a module inside it."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(getattr(hook, "__self__", None), AttachedPDCR) for hook in hooks)
+def _matches(layers: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The layers with a gate that names and patterns stand for."""
+    if not isinstance(layers, (str, Sequence)) or not all(isinstance(layer, str) for layer in layers):
+        _checks.fail_type("layers", "names of layers", type(layers).__name__)
+    found: dict[str, None] = {}
+    for layer in [layers] if isinstance(layers, str) else layers:
+        matches = fnmatch.filter(names, layer)
+        if not matches:
+            _checks.fail("layers", f"some of the layers with a gate, {names}", repr(layer))
+        found.update(dict.fromkeys(matches))
+    return list(found)

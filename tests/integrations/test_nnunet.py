@@ -242,11 +242,12 @@ def test_regions_with_gates_in_anisotropic_volumes(
     weights = torch.load(file, weights_only=False)["network_weights"]
     plain = make_trainer(2, "nnUNetTrainer")
     plain.initialize()
-    own = {key for key in weights if key.startswith("uafs.")}
+    own = {key for key in weights if ".uafs." in key}
     assert set(weights) - own == set(plain.network.state_dict())
-    assert {key.split(".")[1] for key in own} == {
-        *(f"encoder/stages/{stage}" for stage in range(4)),
-        *(f"decoder/stages/{stage}" for stage in range(3)),
+    assert {key.split(".uafs.")[0] for key in own} == {
+        *(f"encoder.stages.{stage}" for stage in range(4)),
+        *(f"decoder.encoder.stages.{stage}" for stage in range(4)),  # nnU-Net's decoder holds the encoder
+        *(f"decoder.stages.{stage}" for stage in range(3)),
     }
 
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
@@ -515,7 +516,7 @@ def test_patterns_take_stages(root: Path) -> None:
     )
     trainer.initialize()
     assert list(trainer.pdcr.loss.receptive_fields) == [f"decoder.stages.{k}" for k in range(3)]
-    assert list(trainer.network.uafs) == [f"encoder/stages/{k}" for k in range(4)]
+    assert list(trainer.network.uafs) == [f"encoder.stages.{k}" for k in range(4)]
 
 
 @pytest.mark.parametrize("ignore", [False, True])

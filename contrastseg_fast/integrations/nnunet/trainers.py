@@ -22,6 +22,7 @@ from contrastseg_fast import (
 )
 from contrastseg_fast.attach import AttachedPDCR
 from contrastseg_fast.attach.layers import AUTO_STRIDES, select_layers
+from contrastseg_fast.attach.uafs import Gates
 from contrastseg_fast.functional import warmup_weight
 from contrastseg_fast.patches import first_label_map
 
@@ -110,14 +111,15 @@ class nnUNetTrainerUAFS(_Configured):
     def initialize(self) -> None:
         """Build the network and the loss, and tell in the log where the gates are."""
         super().initialize()
-        gates = {name: gate for name, gate in self.network.named_modules() if isinstance(gate, UAFS)}
+        gates = Gates(self.network)
         if not gates:
             raise TypeError(
                 f"{type(self).__name__}: expected this package's trainer first among the bases, as others "
                 "build the network too, got a network without gates"
             )
         for name, gate in gates.items():
-            self.print_to_log_file(f"UAFS {name.split('.')[-1].replace('/', '.')}: {gate.extra_repr()}")
+            layer = name.removeprefix("module.").removeprefix("_orig_mod.")  # of what nnU-Net wrapped
+            self.print_to_log_file(f"UAFS {layer}: {gate.extra_repr()}")
 
 
 class nnUNetTrainerPDCR(_Configured):

@@ -1,0 +1,275 @@
+"""Modules whose class is extended, so that calling them also runs what is attached to them.
+
+An extended module has a subclass of its own class, with the same name. The forward pass of the subclass calls
+observers of the inputs, then the module's own forward pass, then the gate, then observers of the output.
+Hooks would do the same, but torch.compile does not guard hooks: a model that is compiled after another one of
+its class could run without them. It guards classes. Gates are children of their layers, so that they are
+copied, saved, moved, sharded and used alone together with their layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from contrastseg_fast import _checks
+from contrastseg_fast.attach.model_checks import ORDER, refuse_replica
+from contrastseg_fast.uafs import UAFS
+
+GATE = "uafs"  # the name of a gate among the children of its layer
+BEFORE, AFTER = "_observers_of_inputs", "_observers_of_output"  # attributes of extended modules
+_CHILDREN = {"children", "named_children", "_modules"}
+
+Observer = Callable[..., None]
+
+
+class Gate(UAFS):
+    """A `UAFS` behind a layer, whose child it is. It gates the first tensor of the layer's output."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _watch_registrations()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _watch_registrations()
+
+    def forward(self, x: Any) -> Any:
+        """The gated output of the layer, a feature map `(B, C, *spatial)` or a container of tensors."""
+        refuse_replica(self)
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        leaves, structure = tree_flatten(x)
+        position = next(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        leaves[position] = super().forward(leaves[position])
+        return tree_unflatten(leaves, structure)
+
+
+def gate_of(module: nn.Module) -> Gate | None:
+    """The gate behind a module, if there is one."""
+    gate = getattr(module, GATE, None)  # `_modules` of scripted modules is no dict
+    return gate if isinstance(gate, Gate) else None
+
+
+def put_gate(module: nn.Module, gate: Gate) -> None:
+    """Put a gate behind a module."""
+    module.add_module(GATE, gate)  # which extends the module, see `_on_registration`
+
+
+def take_gate(module: nn.Module) -> None:
+    """Take the gate behind a module out again."""
+    delattr(module, GATE)
+    _restore_class(module)
+
+
+def observe_inputs(module: nn.Module, observer: Observer) -> None:
+    """Have `observer(module, args, kwargs)` called at the beginning of each forward pass of a module."""
+    _observe(module, BEFORE, observer)
+
+
+def observe_output(module: nn.Module, observer: Observer) -> None:
+    """Have `observer(module, output)` called at the end of each forward pass of a module, after its gate."""
+    _observe(module, AFTER, observer)
+
+
+def stop_observing(module: nn.Module, observer: Observer) -> None:
+    """Undo `observe_inputs` or `observe_output`."""
+    for slot in (BEFORE, AFTER):
+        kept = tuple(other for other in module.__dict__.get(slot, ()) if other != observer)
+        module.__dict__[slot] = kept
+        if not kept:
+            del module.__dict__[slot]
+    _restore_class(module)
+
+
+def check_extensible(module: nn.Module, name: str, *, by_gate: bool = False) -> None:
+    """Check that the class of a module can be extended, by a gate or by observers.
+
+    Raises:
+        TypeError: the module is scripted, or an `fx.GraphModule`.
+        ValueError: the module's `forward` was replaced, or the module is parametrized; or, for a gate, the
+            module has another attribute `uafs`, or its forward pass runs all of its children.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        kind = "a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else "an fx.GraphModule"
+        _checks.fail_type(name, "modules whose forward pass is Python code that stays as it is", kind)
+    if "forward" in module.__dict__:
+        got = f"a {type(module).__name__} whose forward was replaced, by accelerate for example; {ORDER}"
+        _checks.fail(name, "modules whose forward pass is that of their class", got)
+    if is_parametrized(module) and not is_extended(module):
+        got = f"a {type(module).__name__}; parametrize it (spectral_norm, weight_norm) afterwards"
+        _checks.fail(name, "modules that are not parametrized yet", got)
+    if by_gate and hasattr(module, GATE):
+        got = f"a {type(module).__name__} with a {type(getattr(module, GATE)).__name__}"
+        _checks.fail(name, f"layers without an attribute {GATE!r}, the name of their gate", got)
+    if by_gate and not can_hold_gate(module):
+        got = f"a {type(module).__name__}, which would run a gate as one of these"
+        _checks.fail(name, "layers whose forward pass does not ask for all of their children", got)
+
+
+def can_hold_gate(module: nn.Module) -> bool:
+    """Whether one more child does not change the forward pass of a module, as far as its code tells."""
+    forward = getattr(type(module), "_extends", type(module)).forward
+    return forward is nn.Sequential.forward or not _CHILDREN & set(_names_used(forward))
+
+
+def is_extended(module: nn.Module) -> bool:
+    """Whether the class of a module is extended."""
+    return hasattr(type(module), "_extends")
+
+
+def _observe(module: nn.Module, slot: str, observer: Observer) -> None:
+    _extend(module)
+    module.__dict__[slot] = (*module.__dict__.get(slot, ()), observer)
+
+
+def _extend(module: nn.Module) -> None:
+    if not is_extended(module):
+        check_extensible(module, "model")
+        module.__class__ = _extended_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+
+
+def _restore_class(module: nn.Module) -> None:
+    """Give a module its own class again, if nothing is attached to it."""
+    cls = type(module)
+    in_use = BEFORE in module.__dict__ or AFTER in module.__dict__ or gate_of(module) is not None
+    if "_extends" in vars(cls) and not in_use:  # not where another library has extended the class again
+        module.__class__ = vars(cls)["_extends"]
+
+
+@functools.cache
+def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
+    runs_gate = cls.forward is nn.Sequential.forward  # as the last of its children
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for observer in self.__dict__.get(BEFORE, ()):
+            observer(self, args, kwargs)
+        output = cls.forward(self, *args, **kwargs)
+        if not runs_gate:
+            gate = self._modules.get(GATE)
+            if isinstance(gate, Gate):
+                output = gate(output)
+        for observer in self.__dict__.get(AFTER, ()):
+            observer(self, output)
+        return output
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = cls.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
+        plain = tuple(cls if argument is extended else argument for argument in arguments)
+        return _make_extended, (function, plain), *rest
+
+    # torch.compile counts its recompilations by code object, so each class needs one of its own.
+    code = forward.__code__.replace()
+    own_forward = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
+    own_forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    own_forward.__doc__ = cls.forward.__doc__
+    namespace: dict[str, Any] = {
+        "forward": own_forward,
+        "_extends": cls,
+        "__reduce_ex__": reduce_ex,
+        "__prepare_scriptable__": _refuse_scripting,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    if not runs_gate and issubclass(cls, (nn.Sequential, nn.ModuleList)):
+        namespace |= {"__iter__": _iterate, "__len__": _count, "__getitem__": _at(cls)}
+    elif issubclass(cls, nn.ModuleDict):
+        namespace |= {"__iter__": _keys, "__len__": _count, "keys": _keys, "values": _values, "items": _items}
+    extended = type(cls.__name__, (cls,), namespace)
+    return extended
+
+
+def _make_extended(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    """Make a copy or an unpickled module, which gets its attributes afterwards."""
+    module = function(*arguments)
+    if not is_extended(module):
+        module.__class__ = _extended_class(type(module))  # type: ignore[arg-type]
+    return module
+
+
+def _refuse_scripting(module: nn.Module) -> NoReturn:
+    raise RuntimeError(
+        f"torch.jit.script does not support {type(module).__name__} with a UAFS gate or PDCR attached; take "
+        "these out (remove_uafs, pdcr.remove), or use torch.export or torch.jit.trace"
+    )
+
+
+# Containers that run their children in a forward pass of their own do not run the gate among them.
+def _children(container: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in container._modules.items() if name != GATE}  # type: ignore[misc]
+
+
+def _iterate(self: nn.Module) -> Iterator[nn.Module]:
+    return iter(_children(self).values())
+
+
+def _count(self: nn.Module) -> int:
+    return len(_children(self))
+
+
+def _keys(self: nn.Module) -> Iterator[str]:
+    return iter(_children(self).keys())
+
+
+def _values(self: nn.Module) -> Any:
+    return _children(self).values()
+
+
+def _items(self: nn.Module) -> Any:
+    return _children(self).items()
+
+
+def _at(cls: Any) -> Callable[..., Any]:
+    def getitem(self: nn.Module, index: Any) -> Any:
+        return (
+            list(_children(self).values())[index] if isinstance(index, int) else cls.__getitem__(self, index)
+        )
+
+    return getitem
+
+
+def _names_used(function: Callable[..., Any]) -> Iterator[str]:
+    """The names of globals and attributes in the code of a function and of functions within it."""
+    codes = [function.__code__] if hasattr(function, "__code__") else []
+    while codes:
+        code = codes.pop()
+        yield from code.co_names
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+
+
+@functools.cache
+def _watch_registrations() -> None:
+    register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """Called for every module that becomes a child: gates must not be lost, nor idle.
+
+    Converters such as `nn.SyncBatchNorm.convert_sync_batchnorm` make a new layer and give it the children of
+    the old one, so that the gate acts behind the new layer. Where they drop the gate, this raises.
+    """
+    old = parent.__dict__.get("_modules", {}).get(name)
+    if old is not None and old is not new and (lost := _gates_in(old) - _gates_in(new)):
+        kind = "nothing" if new is None else f"a {type(new).__name__}"
+        raise RuntimeError(
+            f"{type(parent).__name__}.{name}: expected a layer that keeps the {len(lost)} UAFS gate(s) of "
+            f"the {type(old).__name__} that it replaces, got {kind}; call remove_uafs before and insert_uafs "
+            "afterwards"
+        )
+    if name == GATE and isinstance(new, Gate) and type(parent).forward is not nn.Sequential.forward:
+        _extend(parent)
+
+
+def _gates_in(module: nn.Module | None) -> set[Gate]:
+    return set() if module is None else {each for each in module.modules() if isinstance(each, Gate)}
