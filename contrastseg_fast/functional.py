@@ -88,7 +88,7 @@ def pdcr_loss(
 
     Returns:
         the loss, a scalar, or `(B,)` for `reduction="none"`; fp32, or fp64 for fp64 vectors. It can be
-        differentiated once.
+        differentiated once, by `backward` or `torch.autograd.grad`.
 
     Raises:
         TypeError: `vectors`, `ratios` or `valid` is not a tensor or has another dtype, or `temperature` is
@@ -97,7 +97,8 @@ def pdcr_loss(
             not positive and finite; a word is unknown; or the backend does not serve these tensors. On the
             CPU also: a ratio is outside [0, 1], or ratios sum above 1 (multi-hot labels) without
             `class_distance="mean"`.
-        RuntimeError: the backend is not installed.
+        RuntimeError: the backend is not installed. Also a second derivative, one in forward mode, or one
+            within `torch.func.grad`, `vjp` or `jacrev`; only `backend="reference"` has these.
 
     Warns:
         UserWarning: `class_distance` or `include_background` is given with an affinity that does not compare
@@ -267,13 +268,15 @@ def entropy_gate(
 
     Returns:
         gated features, shape and dtype of `features`; with `return_uncertainty` also u `(B, 1, *spatial)`,
-        from 0 to 1, fp32 (fp64 for fp64). Both carry gradients and can be differentiated once.
+        from 0 to 1, fp32 (fp64 for fp64). Both carry gradients and can be differentiated once,
+        by `backward` or `torch.autograd.grad`.
 
     Raises:
         TypeError: `features` or `logits` is not a tensor, or has another dtype.
         ValueError: `features` has neither 2 nor 3 spatial axes; `logits` differs from it in batch, spatial
             shape or device, or has fewer than 2 classes; or the backend does not serve these tensors.
-        RuntimeError: the backend is not installed.
+        RuntimeError: the backend is not installed. Also a second derivative, one in forward mode, or one
+            within `torch.func.grad`, `vjp` or `jacrev`; only `backend="reference"` has these.
 
     Example:
         >>> features = torch.ones(1, 1, 1, 2)
@@ -314,13 +317,14 @@ def nt_xent_loss(
 
     Returns:
         the loss, a scalar, or `(G,)` for `reduction="none"` of groups; fp32, or fp64 for fp64 vectors; 0
-        without images. It can be differentiated once.
+        without images. It can be differentiated once, by `backward` or `torch.autograd.grad`.
 
     Raises:
         TypeError: `a` or `b` is not a tensor or has another dtype, or `temperature` is not a number.
         ValueError: `a` and `b` differ in shape or device, or have no channel; `temperature` is not positive
             and finite; `reduction` is unknown; or the backend does not serve these tensors.
-        RuntimeError: the backend is not installed.
+        RuntimeError: the backend is not installed. Also a second derivative, one in forward mode, or one
+            within `torch.func.grad`, `vjp` or `jacrev`; only `backend="reference"` has these.
 
     Example:
         >>> a, b = torch.eye(2), torch.eye(2)
@@ -349,8 +353,15 @@ def nt_xent_loss(
 
 
 def is_checked(x: Tensor) -> bool:
-    """Whether values are checked: only those on the CPU, since a check on a GPU would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    """Whether values are checked: not on a GPU, which would synchronise, and not where there are no values:
+    in a graph, and in a batch of `torch.vmap`.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _check_pairs(
@@ -388,6 +399,7 @@ def _check_pairs(
         include_background=include_background,
         variant=variant,
     )
+    ratios = ratios.detach()  # constants, in forward mode too
     if is_checked(ratios) and ratios.numel():
         _check_ratio_range(ratios, class_distance)
     operation = _pdcr_op.OPERATION._replace(name=name)
@@ -400,7 +412,7 @@ def _check_pairs(
         include_background=include_background,
         variant=variant,
     )
-    return pair, select_compared(ratios.detach(), affinity, include_background)
+    return pair, select_compared(ratios, affinity, include_background)
 
 
 def _check_ratio_range(ratios: Tensor, class_distance: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrastseg_fast import _checks, functional, sampling, unchecked
 from contrastseg_fast.affinity import select_compared
-from contrastseg_fast.ops import _dispatch, foreground_ratio, pdcr
+from contrastseg_fast.ops import _dispatch, foreground_ratio, gather, pdcr
 from contrastseg_fast.patches import (
     PatchContents,
     check_resolution,
@@ -118,6 +118,8 @@ class PDCRLoss(PDCROptions):
         """
         places = self.place(features, layer)
         backend = "auto" if self.backend == "cpu" else self.backend  # plain PyTorch gathers on the CPU
+        if backend not in ("auto", "reference"):
+            _dispatch.check(gather.OPERATION, backend, features)
         return LayerSamples(layer, sampling.gather_at(features, places.positions, backend), places)
 
     def loss(

@@ -245,7 +245,7 @@ class PDCROptions(nn.Module):
         """
         if not by_layer:
             _checks.fail("samples", "at least one layer's samples", "none")
-        sets = [layers for layers in self.vector_sets if [layer for layer in layers if layer in by_layer]]
+        sets = [layers for layers in self.vector_sets if not set(layers).isdisjoint(by_layer)]
         if missing := [layer for layers in sets for layer in layers if layer not in by_layer]:
             _checks.fail("samples", f"samples of the layers {missing} too", list(by_layer))
         return sets

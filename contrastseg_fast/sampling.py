@@ -165,7 +165,7 @@ class Places(NamedTuple):
 
     def starts(self, field: ReceptiveField) -> Tensor:
         """The first pixels `(N, D)` of the vectors' receptive fields or patches."""
-        if self.planned is not None and _is_kept(self.spatial_shape, self.positions.device):
+        if self.planned is not None and self.computed is None and not torch.compiler.is_compiling():
             kept = _kept_starts(*self.planned, self.spatial_shape, field.grids)
             return torch.tensor(kept, device=self.positions.device)
         return field.starts(self.indices)
@@ -206,19 +206,20 @@ def gather_vectors(features: Tensor, indices: Tensor, *, backend: str = "auto") 
 
     Raises:
         ValueError: the backend is unknown, or does not serve the device of `features`.
-        RuntimeError: the backend is not installed.
+        RuntimeError: the backend is not installed. Also a derivative in forward mode, or one within
+            `torch.func.grad`, `vjp` or `jacrev`; only `backend="reference"` has these.
 
     Example:
         >>> gather_vectors(torch.arange(6.).view(1, 1, 2, 3), torch.tensor([[0, 2], [1, 0]]))
         tensor([[[2.],
                  [3.]]])
     """
+    _dispatch.check(_gather_op.OPERATION, backend, features)
     return gather_at(features, ravel(indices, features.shape[2:]), backend)
 
 
 def gather_at(features: Tensor, positions: Tensor, backend: str) -> Tensor:
-    """`gather_vectors` at positions `(N,)` in raster order."""
-    _dispatch.check(_gather_op.OPERATION, backend, features)
+    """`gather_vectors` at positions `(N,)` in raster order. The backend is not checked."""
     if backend == "reference":
         return equations.gather_vectors(features, positions)
     return _gather_op.gather_vectors(features, positions, backend)

@@ -48,6 +48,7 @@ def repelled_fraction(
     vectors: Tensor, compared: Tensor, valid: Tensor | None, affinity: Affinity, backend: str
 ) -> Tensor:
     """`functional.repelled_fraction`, in chunks of rows: N x N is never stored."""
+    vectors = vectors.detach()  # tangents too, which no_grad leaves
     valid = equations.all_if_none(valid, vectors)
     if backend == "reference":
         matrices = affinity.matrices(vectors, compared)
@@ -64,7 +65,7 @@ def repelled_fraction(
             share = (exponent - log_z[:, rows, None]).exp() + (exponent - log_z[:, None, :]).exp()
             repels = num_vectors[:, None, None] * wbar * share > 2 * w
             is_pair = (valid[:, rows, None] & valid[:, None, :]).tril(rows.start - 1)  # each pair once
-            repelled += (repels & is_pair).sum((1, 2))
+            repelled = repelled + (repels & is_pair).sum((1, 2))  # torch.vmap adds no batch in place
     return repelled / (num_vectors * (num_vectors - 1) // 2).clamp(min=1)
 
 
@@ -86,7 +87,7 @@ def foreground_ratio(
         options = (list(size), num_classes, border, ignore_index, with_inside, backend)
         return ratio_op.foreground_ratio(labels, starts, *options)
     count = functools.partial(
-        equations.foreground_ratio, labels, starts, size, num_classes, ignore_index=ignore_index
+        equations.foreground_ratio, labels.detach(), starts, size, num_classes, ignore_index=ignore_index
     )
     ratios, valid_fraction = count(border=border)
     return ratios, valid_fraction, count(border="clip")[0] if with_inside else ratios[..., :0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from contrastseg_fast import _backend  # noqa: F401  loads the C++ kernels, where they are installed
 
@@ -38,21 +40,55 @@ def define(
 
 
 def register_autograd(
-    operator: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
+    operator: torch._ops.OpOverload,
+    function: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Give an operator its derivative."""
-    name = operator._schema.name
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    """Give an operator its derivative in reverse mode, and an error for the others.
+
+    The kernel of `torch.library.register_autograd` drops tangents, so that derivatives in forward mode would
+    be 0. The kernel here checks for them first. Compiled graphs do not contain it.
+
+    Args:
+        function: the public function, for the errors.
+    """
+    kernel = make_autograd_impl(operator, Info(backward, setup_context))
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(function, inputs)
+        return kernel(keyset, *inputs)
+
+    LIBRARY.impl(operator._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
 
 
-def forbid_second_derivative(operator: torch._ops.OpOverload) -> None:
+def forbid_second_derivative(operator: torch._ops.OpOverload, function: str) -> None:
     """Make differentiating a backward operator raise, where PyTorch would silently return no gradient."""
-    name = operator._schema.name
 
     def backward(_ctx: Any, *_grads: Any) -> None:
-        raise RuntimeError(f"{name} cannot be differentiated: second derivatives are not implemented")
+        raise RuntimeError(f"{function}: second derivatives are not implemented; use {_REFERENCE}")
 
-    torch.library.register_autograd(name, backward, lib=LIBRARY)
+    register_autograd(operator, function, backward)
+
+
+_REFERENCE = "backend='reference', of the function or module"
+
+
+def _refuse_transforms(function: str, inputs: Sequence[Any]) -> None:
+    """Raise if an operator has inputs with tangents, or is differentiated within `torch.func`."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"{function}: forward-mode derivatives (torch.func.jvp and jacfwd, torch.autograd.forward_ad) "
+            f"are not implemented; use {_REFERENCE}"
+        )
+    within = torch._C._are_functorch_transforms_active()  # of vmap alone, none is left here
+    if within and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{function}: derivatives within torch.func (grad, vjp, jacrev) are not implemented; use "
+            f"torch.autograd.grad, or {_REFERENCE}"
+        )
 
 
 def without_gradient(operator: torch._ops.OpOverload) -> None:

@@ -227,5 +227,5 @@ entropy_gate_backward = define(
     _backward_fake,
     entropy_gate_backward_on_cuda,
 )
-register_autograd(entropy_gate_forward, _differentiate, _setup_context)
-forbid_second_derivative(entropy_gate_backward)
+register_autograd(entropy_gate_forward, OPERATION.name, _differentiate, _setup_context)
+forbid_second_derivative(entropy_gate_backward, OPERATION.name)

@@ -14,10 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from contrastseg_fast.ops._dispatch import Operation, pick
-from contrastseg_fast.ops._library import accumulation_dtype, define, register_autograd
+from contrastseg_fast.ops._library import define, register_autograd
 
 OPERATION = Operation("gather_vectors", on_cpu=())
 
@@ -37,7 +38,7 @@ def _backward(
     grad: Tensor, positions: Tensor, shape: Sequence[int], channels_last: bool, _backend: str = "auto"
 ) -> Tensor:
     batch, channels, *spatial = shape
-    dtype = accumulation_dtype(grad.dtype)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
     if channels_last:
         flat = grad.new_zeros(batch, math.prod(spatial), channels, dtype=dtype)
         flat = flat.index_add_(1, positions, grad.to(dtype)).to(grad.dtype)
@@ -114,5 +115,5 @@ gather_vectors_backward = define(
     _backward_fake,
     gather_vectors_backward_on_cuda,
 )
-register_autograd(gather_vectors, _differentiate, _setup_context)
-register_autograd(gather_vectors_backward, _differentiate_backward, _setup_backward_context)
+register_autograd(gather_vectors, OPERATION.name, _differentiate, _setup_context)
+register_autograd(gather_vectors_backward, OPERATION.name, _differentiate_backward, _setup_backward_context)

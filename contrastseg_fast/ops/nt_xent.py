@@ -116,5 +116,5 @@ nt_xent_backward = define(
     _backward,
     _backward_fake,
 )
-register_autograd(nt_xent_forward, _differentiate, _setup_context)
-forbid_second_derivative(nt_xent_backward)
+register_autograd(nt_xent_forward, OPERATION.name, _differentiate, _setup_context)
+forbid_second_derivative(nt_xent_backward, OPERATION.name)

@@ -186,5 +186,5 @@ pdcr_backward = define(
     _backward_fake,
     pdcr_backward_on_cuda,
 )
-register_autograd(pdcr_forward, _differentiate, _setup_context)
-forbid_second_derivative(pdcr_backward)
+register_autograd(pdcr_forward, OPERATION.name, _differentiate, _setup_context)
+forbid_second_derivative(pdcr_backward, OPERATION.name)
