@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -177,6 +178,206 @@ def test_the_last_pass_counts_and_paused_ones_do_not() -> None:
     model.eval()
     with pdcr.paused():
         model(x)
+
+
+def caught(function: Callable[[], Any]) -> list[str]:
+    """The warnings of the package that a call gives."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        function()
+    return [str(w.message) for w in found if str(w.message).startswith("contrastseg_fast")]
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()
+
+
+class TestSilence:
+    """Where PDCR is off, it says so once, and how to say that this is meant."""
+
+    def test_a_model_in_eval_mode_that_is_trained(self) -> None:
+        model, (x, y) = Net().eval(), batch()
+        pdcr = attach_pdcr(model, ["stem", "down"], 3, example_input=x)
+
+        def step() -> None:
+            (model(x).square().mean() + pdcr(y)).backward()
+
+        (message,) = caught(step)
+        assert re.search(r"eval mode.*PDCR is 0.*model\.train\(\).*no_grad\(\).*pdcr\.paused\(\)", message)
+        assert not caught(step)
+        other = attach_pdcr(model, "deep", 3, example_input=x, patch_size=5)
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                model(x)
+                other(y)
+
+        def meant() -> None:
+            with other.paused():
+                backward(model(x).mean() + other(y))
+
+        assert not caught(evaluate)
+        assert not caught(meant)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # single layers in eval mode do not turn it off
+        model.stem.eval()
+        model(x)
+        assert not caught(lambda: backward(pdcr(y)))
+
+    def test_frozen_layers(self) -> None:
+        model, (x, y) = Net(), batch()
+        for projection in (None, "linear"):
+            pdcr = attach_pdcr(
+                model, ["stem", "down", "deep"], 3, example_input=x, patch_size=5, projection=projection
+            )
+            model.stem.requires_grad_(False)
+
+            def step(regularizer: AttachedPDCR = pdcr) -> None:
+                backward(model(x).mean() + regularizer(y))
+
+            (message,) = caught(step)
+            assert re.search(r"no gradient at the layers \['stem'\].*frozen.*pdcr\.paused\(\)", message)
+            assert not caught(step)
+            pdcr.remove()
+        fresh = attach_pdcr(model, ["stem"], 3, example_input=x)
+
+        def meant() -> None:
+            with fresh.paused():
+                output = model(x)
+                assert fresh(y) == 0
+            backward(output.mean())
+
+        assert not caught(meant)
+        model.stem.requires_grad_()
+        model(x)
+        assert not caught(lambda: backward(fresh(y)))
+
+    def test_more_than_one_pass(self) -> None:
+        model, (x, y) = Net(), batch()
+        pdcr = attach_pdcr(model, ["stem", "down"], 3, example_input=x)
+
+        def step(first: Callable[[], Any]) -> None:
+            first()
+            model(x)
+            pdcr.repelled_fraction(y)
+            backward(pdcr(y))
+
+        def paused() -> None:
+            with pdcr.paused():
+                model(torch.randn(X))
+
+        def evaluated() -> None:
+            with torch.no_grad():
+                model(torch.randn(X))
+
+        assert not caught(lambda: step(paused))
+        assert not caught(lambda: step(evaluated))
+        assert not caught(lambda: step(lambda: None))
+        (message,) = caught(lambda: step(lambda: model(torch.randn(X))))
+        assert re.search(r"ran more than once.*latest.*`with pdcr\.paused\(\):`", message)
+        assert not caught(lambda: step(lambda: model(torch.randn(X))))
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_semi_supervised_step(self, compiled: bool) -> None:
+        """Mean teacher: the labelled batch is regularized, the unlabelled one is not, nor is the teacher."""
+        torch.compiler.reset()
+        (x, y), unlabelled = batch(), torch.randn(X)
+        student = insert_uafs(Net(), ["down"], 3, example_input=x)
+        pdcr = attach_pdcr(student, ["stem", "down"], 3, example_input=x)
+        teacher = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        alone, alone_pdcr = copy.deepcopy((student, pdcr))
+        alone(x)
+        expected = alone_pdcr(y)
+        if compiled:
+            student.compile(backend="aot_eager")
+
+        def step() -> Tensor:
+            logits = student(x)
+            with pdcr.paused():
+                guess = student(unlabelled)
+            with torch.no_grad():
+                target = teacher(unlabelled).softmax(1)
+            consistency = (guess.softmax(1) - target).square().mean()
+            regularization = pdcr(y)
+            (logits.square().mean() + consistency + 0.1 * regularization).backward()
+            teacher.update_parameters(student)
+            return regularization.detach()
+
+        values: list[Tensor] = []
+        assert not caught(lambda: values.extend(step() for _ in range(2)))
+        torch.testing.assert_close(values[0], expected.detach())
+
+
+class TestLabelSize:
+    """Labels have the size of the model's input, to the pixel."""
+
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_labels_of_another_size_raise(self, dims: int) -> None:
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        model = nn.Sequential(conv(1, 4, 3, 2, 1), nn.ReLU(), conv(4, 2, 1))
+        size = (32, 24, 20)[:dims]
+        x, y = torch.randn(2, 1, *size), blob_labels(2, size, 2)
+        pdcr = attach_pdcr(model, "1", 2, example_input=x, patch_size=5)
+        model(x)
+        for wrong in (y[:, 1:], y[..., :-1], [y[:, ::2], y], y[:, None, 2:]):
+            for function in (pdcr, pdcr.repelled_fraction):
+                with pytest.raises(
+                    ValueError, match=r"labels: expected spatial shape \(32, 24.*model's input"
+                ):
+                    function(wrong)
+        assert pdcr([y, y[:, ::2]]).requires_grad
+        model(x[:, :, 4:])
+        assert pdcr(y[:, None, 4:]).requires_grad
+
+    def test_the_input_is_the_first_tensor_with_enough_axes(self) -> None:
+        class Prompted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 4, 3, 2, 1)
+
+            def forward(self, scale: Any = None, image: Tensor | None = None, other: Any = None) -> Tensor:
+                return self.conv(scale if image is None else image)
+
+        model, (x, y) = Prompted(), batch()
+        pdcr = attach_pdcr(model, "conv", 3, example_input=x)
+        model(torch.zeros(7, 2), image=x, other=torch.zeros(1, 1, 3, 3))
+        assert pdcr(y).requires_grad
+
+    def test_a_model_that_resizes_its_input(self) -> None:
+        class Resizing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 4, 3, 2, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.conv(nn.functional.interpolate(x, scale_factor=2))
+
+        torch.manual_seed(0)
+        model, plain = Resizing(), nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1))
+        plain[0].load_state_dict(model.conv.state_dict())
+        x, y = torch.randn(2, 1, 16, 24), blob_labels(2, (32, 48), 3)
+        pdcr = attach_pdcr(model, "conv", 3, example_input=x, label_size=(32, 48), patch_size=5)
+        wanted = attach_pdcr(plain, "0", 3, example_input=torch.zeros(2, 1, 32, 48), patch_size=5)
+        model(x)
+        plain(nn.functional.interpolate(x, scale_factor=2))
+        with pytest.raises(ValueError, match=r"labels: expected spatial shape \(32, 48\) \(label_size\)"):
+            pdcr(y[:, ::2, ::2])
+        torch.testing.assert_close(pdcr(y), wanted(y))
+        halved = attach_pdcr(plain, "0", 3, example_input=torch.zeros(2, 1, 32, 48), label_size=[16, 24])
+        (field,) = halved.loss.receptive_fields.values()
+        assert (field.size, field.stride) == ((2, 2), (1, 1))
+
+    def test_sizes_that_make_no_sense(self) -> None:
+        for size, error, message in (
+            ((32,), ValueError, "label_size: expected 2 integers"),
+            (32, TypeError, "label_size: expected one integer per axis, got int"),
+            ((32, 0), ValueError, "label_size: expected an integer of at least 1"),
+            ((32, 1.5), TypeError, "label_size: expected an integer"),
+        ):
+            with pytest.raises(error, match=message):
+                attach_pdcr(Net(), "down", 3, example_input=torch.zeros(X), label_size=size)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:

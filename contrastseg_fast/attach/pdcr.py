@@ -303,7 +303,7 @@ class AttachedPDCR:
         if self._paused or not collects or _is_recomputation_or_unreal(output):
             return
         features = _first_tensor(name, output)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             self._samples[name] = self.loss.sample(features, name)
         else:
             # A checkpoint must not count what is saved here, as nothing is sampled when it recomputes.
