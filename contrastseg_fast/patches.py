@@ -130,6 +130,7 @@ def check_resolution(
     Raises:
         ValueError: the label map is not about as large as the network's input.
     """
+    field = field.location or field
     for axis, grid in enumerate(field.grids):
         count, extent = map_shape[axis], label_shape[axis]
         span = 2 * grid.start + (count - 1) * grid.stride + field.size[axis] * grid.unit  # in 1 / unit pixel

@@ -123,6 +123,10 @@ class PDCROptions(nn.Module):
                 {layer: patch.centred(1) for layer, patch in patches.items()}
                 for patches in self.patches_by_size
             ]
+        for layer, patch in (item for patches in self.patches_by_size for item in patches.items()):
+            if patch.is_infinite:
+                got = f"{patch}; give this layer a patch_size"
+                _checks.fail(f"receptive_fields[{layer!r}]", "a finite field", got)
         self.patches = self.patches_by_size[0]
         self.vector_sets = _vector_sets(layers, cross_layers)
         self.projections: Projections | None = None
@@ -317,8 +321,8 @@ def _named_fields(
         name = f"receptive_fields[{layer!r}]"
         if not isinstance(field, ReceptiveField):
             _checks.fail_type(name, "a ReceptiveField", type(field).__name__)
-        if field.is_infinite:
-            _checks.fail(name, "a finite field", field)
+        if field.is_infinite and field.location is None:
+            _checks.fail(name, "a finite field, or an infinite one with a location", field)
         if field.spatial_dims not in (2, 3):
             _checks.fail(name, "2 or 3 axes", field)
     if len({field.spatial_dims for field in fields.values()}) > 1:

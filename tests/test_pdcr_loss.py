@@ -396,7 +396,7 @@ VOLUME = ReceptiveField(size=(3, 3, 3), stride=(2, 2, 2), start=(-1, -1, -1))
         (
             {"receptive_fields": [STEM, INFINITE]},
             ValueError,
-            "receptive_fields[1]: expected a finite field, got Recep",
+            "receptive_fields[1]: expected a finite field, or an infinite one with a location, got Recep",
         ),
         (
             {"receptive_fields": [STEM, VOLUME]},

@@ -256,13 +256,10 @@ def _is_map(run: LayerRun, example: Tensor) -> bool:
 
     A map that sees one pixel per feature, such as the image itself, is none.
     """
-    if len(run.shape) != example.ndim or run.shape[0] != example.shape[0]:
+    if run.why_no_map or run.shape[0] != example.shape[0]:
         return False
-    try:
-        field = run.receptive_field
-        return not (field.is_infinite and 1 in run.shape[2:]) and max(field.size) > 1
-    except ValueError:
-        return False
+    field = run.receptive_field
+    return not (field.is_infinite and 1 in run.shape[2:]) and max(field.size) > 1
 
 
 def _halvings(run: LayerRun, example: Tensor) -> int:

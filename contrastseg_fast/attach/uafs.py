@@ -149,7 +149,7 @@ def insert_uafs(
         layer = model.get_submodule(name)
         if name == "" or gate_of(layer) is not None:
             _checks.fail("layers", "layers inside the model that have no gate yet", repr(name))
-        _ = run.receptive_field  # raises if the output is not a feature map
+        run.check_map()
         check_extensible(layer, f"layers ({name!r})", by_gate=True)
         gate = Gate(len(run.shape) - 2, run.shape[1], num_classes, **options)
         made[name] = gate.to(run.device, run.dtype).train(model.training)

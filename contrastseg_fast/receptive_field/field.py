@@ -55,16 +55,19 @@ class ReceptiveField:
         stride: pixels from one field to the next; an integer or a `fractions.Fraction`.
         start: first pixel of field 0; an integer or a `fractions.Fraction`, often negative.
         reason: for infinite fields, the operators that made them infinite. It is shown, and not compared.
+        location: for infinite fields, the finite field of the same vectors without these operators, as far as
+            it is known. It says where the vectors lie, and patches are centred in it. It is not compared.
 
     Attributes:
         grids: for each axis its `AxisGrid`, the integers from which `starts` is computed; empty if the field
             is infinite along any axis.
 
     Raises:
-        TypeError: `size`, `stride` or `start` is not a tuple or list, a finite size is not an integer, or a
-            stride or start is neither an integer nor a `Fraction`. Along an axis of infinite size, `stride`
-            and `start` are not looked at.
-        ValueError: `size`, `stride` and `start` differ in length or are empty, or a size is less than 1.
+        TypeError: `size`, `stride` or `start` is not a tuple or list, a finite size is not an integer, a
+            stride or start is neither an integer nor a `Fraction`, or `location` is not a ReceptiveField.
+            Along an axis of infinite size, `stride` and `start` are not looked at.
+        ValueError: `size`, `stride` and `start` differ in length or are empty, a size is less than 1, or
+            `location` is infinite, has another number of axes, or is given for a finite field.
 
     Example:
         >>> field = ReceptiveField(size=(11, 11), stride=(4, 4), start=(-5, -5))
@@ -79,6 +82,7 @@ class ReceptiveField:
     stride: tuple[int | Fraction, ...]
     start: tuple[int | Fraction | float, ...]
     reason: str = field(default="", compare=False)
+    location: ReceptiveField | None = field(default=None, compare=False)
     grids: tuple[AxisGrid, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class ReceptiveField:
         stride = [0 if u else _rational("stride", x) for x, u in zip(self.stride, infinite, strict=True)]
         start = [-math.inf if u else _rational("start", x) for x, u in zip(self.start, infinite, strict=True)]
         grids = () if any(infinite) else map(_axis_grid, stride, start)
+        if self.location is not None:
+            self._check_location(self.location)
         object.__setattr__(self, "size", tuple(self.size))
         object.__setattr__(self, "stride", tuple(stride))
         object.__setattr__(self, "start", tuple(start))
@@ -133,6 +139,8 @@ class ReceptiveField:
     def centred(self, patch_size: int | Sequence[int]) -> ReceptiveField:
         """Patches of `patch_size` pixels around the centres of the fields, the pixels `start + size // 2`.
 
+        If the field is infinite, the centres are those of its `location`.
+
         Args:
             patch_size: extent of the patches, in pixels; one number for all axes, or one per axis.
 
@@ -142,21 +150,30 @@ class ReceptiveField:
         Raises:
             TypeError: an entry of `patch_size` is not an integer.
             ValueError: `patch_size` has not one entry per axis or an entry is less than 1, or the field is
-                infinite along any axis and has no centre.
+                infinite along any axis and has no `location`.
         """
         patch = (patch_size,) * self.spatial_dims if isinstance(patch_size, int) else tuple(patch_size)
         if len(patch) != self.spatial_dims:
             _checks.fail("patch_size", f"one integer, or {self.spatial_dims}, one per axis", patch_size)
         for extent in patch:
             _checks.integer("patch_size", extent, 1)
-        self._require_finite("centred")
-        shift = [int(extent) // 2 - small // 2 for extent, small in zip(self.size, patch, strict=True)]
-        start = tuple(first + offset for first, offset in zip(self.start, shift, strict=True))
-        return ReceptiveField(patch, self.stride, start)
+        field = self.location or self
+        field._require_finite("centred")
+        shift = [int(extent) // 2 - small // 2 for extent, small in zip(field.size, patch, strict=True)]
+        start = tuple(first + offset for first, offset in zip(field.start, shift, strict=True))
+        return ReceptiveField(patch, field.stride, start)
 
     def _require_finite(self, name: str) -> None:
         if self.is_infinite:
             raise ValueError(f"{name}: expected a finite receptive field, got {self}")
+
+    def _check_location(self, location: object) -> None:
+        if not isinstance(location, ReceptiveField):
+            _checks.fail_type("location", "a ReceptiveField or None", type(location).__name__)
+        if not self.is_infinite:
+            _checks.fail("location", "None for a finite field", location)
+        if location.is_infinite or location.spatial_dims != self.spatial_dims:
+            _checks.fail("location", f"a finite field with {self.spatial_dims} axes", location)
 
     def __repr__(self) -> str:
         def show(values: Sequence[object]) -> str:

@@ -1,4 +1,5 @@
-"""What each operator does to receptive fields; an operator without a rule makes them unbounded.
+"""What each operator does to receptive fields; an operator without a rule makes them unbounded, and positions
+unknown.
 
 Rules are looked up by the operator's name and take its arguments by name. For an operator that only moves
 elements of one tensor, the rule in `MOVES` returns a function for each result, from the tensor's field to the
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrastseg_fast.receptive_field.algebra import Field, concatenate
+from contrastseg_fast.receptive_field.positions import Field
 
 Move = Callable[[Field], Field]
 Lookup = Callable[[Tensor], Field]
@@ -107,7 +108,7 @@ def _reshape(source: Tensor, results: Sequence[Tensor], **_: Any) -> list[Move]:
     return [lambda field: field.reshape(results[0].shape)]
 
 
-@_move("alias", "detach", "detach_")
+@_move("alias", "detach", "detach_", "_conj", "_neg_view")
 def _same(source: Tensor, results: Sequence[Tensor], **_: Any) -> list[Move]:
     return [lambda field: field]
 
@@ -130,6 +131,16 @@ def _transpose(
 @_move("unsqueeze", "unsqueeze_")
 def _unsqueeze(source: Tensor, results: Sequence[Tensor], *, dim: int, **_: Any) -> list[Move]:
     return [lambda field: field.insert(dim % (len(field.shape) + 1))]
+
+
+@_move("view_as_real")
+def _view_as_real(source: Tensor, results: Sequence[Tensor], **_: Any) -> list[Move]:
+    return [lambda field: field.insert(source.ndim, 2)]
+
+
+@_move("view_as_complex")
+def _view_as_complex(source: Tensor, results: Sequence[Tensor], **_: Any) -> list[Move]:
+    return [lambda field: field.reduce([source.ndim - 1])]
 
 
 @_move("squeeze", "squeeze_")
@@ -256,9 +267,15 @@ def _flip(source: Tensor, results: Sequence[Tensor], *, dims: Sequence[int], **_
 
 
 @_move("roll")
-def _roll(source: Tensor, results: Sequence[Tensor], *, dims: Sequence[int], **_: Any) -> list[Move]:
+def _roll(
+    source: Tensor, results: Sequence[Tensor], *, shifts: Sequence[int], dims: Sequence[int], **_: Any
+) -> list[Move]:
     def move(field: Field) -> Field:
-        return field.unbounded({axis for dim in _dims(dims, source.ndim) for axis in field.axes_of(dim)})
+        if not dims:
+            return field.lose()
+        for dim, shift in zip(_dims(dims, source.ndim), shifts, strict=True):
+            field = field.roll(dim, shift)
+        return field
 
     return [move]
 
@@ -270,7 +287,7 @@ def _repeat(source: Tensor, results: Sequence[Tensor], **_: Any) -> list[Move]:
             field = field.insert(0)
         for dim, extent in enumerate(results[0].shape):
             if field.shape[dim] != extent:
-                field = field.unbounded(field.axes_of(dim)).with_dim(dim, extent)
+                field = field.lose(field.axes_of(dim)).with_dim(dim, extent)
         return field
 
     return [move]
@@ -330,7 +347,7 @@ def _pad(
 def _concatenate(name: str, get: Lookup, result: Tensor, *, tensors: Sequence[Tensor], dim: int) -> Field:
     dim %= result.ndim
     fields = [get(part) for part in tensors if part.numel()]
-    return concatenate([field.insert(dim) for field in fields] if name == "stack" else fields, dim)
+    return Field.concatenate([field.insert(dim) for field in fields] if name == "stack" else fields, dim)
 
 
 @_rule("convolution")
@@ -347,7 +364,7 @@ def _convolution(
     transposed: bool,
     **_: Any,
 ) -> Field:
-    field = get(input).unbounded_where(get(weight).unbounded().seen).mixed(1).with_dim(1, result.shape[1])
+    field = get(input).unbounded_like(get(weight)).mixed(1).with_dim(1, result.shape[1])
     window = _spread_window if transposed else _window
     options = _options(weight.ndim - 2, weight.shape[2:], stride, padding, dilation)
     for dim, (k, s, p, d) in enumerate(options, start=2):
@@ -438,11 +455,40 @@ def _product(name: str, get: Lookup, result: Tensor, **args: Any) -> Field:
         left = left.insert(0)
     if name in ("mv", "dot", "addmv"):
         right = right.insert(1)
-    shape = (*left.shape[:-1], right.shape[-1])
-    k = len(shape) - 1
-    parts = [left.reduce([k], keepdim=True), right.reduce([k - 1], keepdim=True)]
-    product = elementwise(parts, shape, len(left.seen)).reshape(result.shape)
-    return elementwise([product, *added], result.shape, len(left.seen))
+    product = _matmul(left, right).reshape(result.shape)
+    return elementwise([product, *added], result.shape, product.num_axes)
+
+
+@_rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@_rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+@_rule("_scaled_dot_product_fused_attention_overrideable")
+def _attention(
+    name: str,
+    get: Lookup,
+    result: Tensor,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    **_: Any,
+) -> Field:
+    bias = attn_mask if attn_bias is None else attn_bias
+    return _attended(get(query), get(key), get(value), None if bias is None else get(bias))
+
+
+@_rule("_native_multi_head_attention")
+def _multi_head_attention(
+    name: str, get: Lookup, result: Tensor, *, query: Tensor, key: Tensor, value: Tensor, **_: Any
+) -> Field:
+    return _attended(*(get(tensor).mixed(2) for tensor in (query, key, value)))
+
+
+@_rule("_transformer_encoder_layer_fwd")
+def _encoder_layer(name: str, get: Lookup, result: Tensor, *, src: Tensor, **_: Any) -> Field:
+    field = get(src).mixed(2)
+    return field.union(_attended(field, field, field))
 
 
 @_rule("all", "amax", "amin", "any", "argmax", "argmin", "count_nonzero", "linalg_vector_norm", "logsumexp")
@@ -464,13 +510,18 @@ def _reduction(
 
 
 @_rule("_log_softmax", "_safe_softmax", "_softmax", "cummax", "cummin", "cumprod", "cumsum", "logcumsumexp")
-@_rule("gather", "glu", "index_select", "sort", "topk")
 def _along(name: str, get: Lookup, result: Tensor, *, dim: int, **args: Any) -> Field:
     field = get(args["self"])
+    return field.unbounded(field.axes_of(dim % result.ndim)) if result.ndim else field
+
+
+@_rule("gather", "glu", "index_select", "sort", "topk")
+def _picked(name: str, get: Lookup, result: Tensor, *, dim: int, **args: Any) -> Field:
+    field = get(args["self"])
     if "index" in args:
-        field = field.unbounded_where(get(args["index"]).unbounded().seen)
+        field = field.unbounded_like(get(args["index"]))
     dim %= result.ndim
-    return field.unbounded(field.axes_of(dim)).with_dim(dim, result.shape[dim])
+    return field.lose(field.axes_of(dim)).with_dim(dim, result.shape[dim])
 
 
 @_rule("index")
@@ -479,8 +530,30 @@ def _index(name: str, get: Lookup, result: Tensor, *, indices: Sequence[Tensor |
     used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     for dim, index in used:
         if len(used) == 1 and index.ndim == 1 and get(index).is_constant:
-            return field.unbounded(field.axes_of(dim)).with_dim(dim, result.shape[dim])
+            return field.lose(field.axes_of(dim)).with_dim(dim, result.shape[dim])
     return field.unknown(result.shape)
+
+
+@_rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+def _adaptive_pool(name: str, get: Lookup, result: Tensor, **args: Any) -> Field:
+    """Counts as unbounded, since what a bin sees grows with the image."""
+    field = get(args["self"])
+    axes = _axes(name)
+    for dim in range(result.ndim - axes, result.ndim):
+        ratio = Fraction(field.shape[dim], result.shape[dim])
+        field = field.unbounded(field.axes_of(dim))
+        field = field.resample(dim, _bins(ratio), result.shape[dim], ratio.denominator, ratio.numerator)
+    return field
+
+
+@_rule("_fft_c2c", "_fft_c2r", "_fft_r2c")
+def _fourier(
+    name: str, get: Lookup, result: Tensor, *, dim: Sequence[int], forward: bool | None = None, **args: Any
+) -> Field:
+    field = get(args["self"])
+    for d in _dims(dim, result.ndim):
+        field = field.transform(d, result.shape[d], name == "_fft_r2c" if forward is None else forward)
+    return field
 
 
 @_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
@@ -491,7 +564,7 @@ def _normalisation(name: str, get: Lookup, result: Tensor, *, input: Tensor, **a
     field = get(input)
     for other in args.values():
         if isinstance(other, Tensor):
-            field = field.unbounded_where(get(other).unbounded().seen)
+            field = field.unbounded_like(get(other))
     return field
 
 
@@ -502,7 +575,29 @@ def _entropy_gate(
     """The gate mixes channels and is elementwise in space."""
     shape = (result.shape[0], 1, *result.shape[2:])
     parts = [get(part).reduce([1], keepdim=True) for part in (features, logits)]
-    return elementwise(parts, shape, len(parts[0].seen)).expand(result.shape)
+    return elementwise(parts, shape, parts[0].num_axes).expand(result.shape)
+
+
+def _matmul(left: Field, right: Field) -> Field:
+    """The field of a product of matrices, or of batches of them."""
+    shape = (*left.shape[:-1], right.shape[-1])
+    k = len(shape) - 1
+    parts = [left.reduce([k], keepdim=True), right.reduce([k - 1], keepdim=True)]
+    return elementwise(parts, shape, left.num_axes)
+
+
+def _attended(query: Field, key: Field, value: Field, bias: Field | None = None) -> Field:
+    """The field of scaled dot-product attention, batches of `(N, C)`."""
+    k = len(query.shape) - 1
+    weights = _matmul(query, key.permute([*range(k - 1), k, k - 1]))
+    if bias is not None:
+        weights = elementwise([weights, bias], weights.shape, weights.num_axes)
+    return _matmul(weights.unbounded(weights.axes_of(k)), value)
+
+
+def _bins(ratio: Fraction) -> Taps:
+    """The elements of each bin of an adaptive pooling, `ratio` elements apart."""
+    return lambda j: range(math.floor(j * ratio), math.ceil((j + 1) * ratio))
 
 
 def _window(field: Field, dim: int, count: int, k: int, s: int, p: int, d: int) -> Field:

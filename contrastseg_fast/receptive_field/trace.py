@@ -23,8 +23,9 @@ from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_leaves
 
 from contrastseg_fast import _checks
-from contrastseg_fast.receptive_field.algebra import Field, Intervals, Unbounded
+from contrastseg_fast.receptive_field.algebra import Intervals, Lost
 from contrastseg_fast.receptive_field.field import ReceptiveField
+from contrastseg_fast.receptive_field.positions import Field
 from contrastseg_fast.receptive_field.tracker import CircularPaddingAsZeros, FieldTracker
 
 
@@ -44,9 +45,11 @@ def receptive_fields(
     lies outside the image, and fields may extend into it.
 
     A field is infinite along an axis if a vector sees the whole axis, or if it cannot be known how much of it
-    the vector sees: behind attention, global or adaptive pooling, linear layers over space, FFT, or an
-    operator of another library. `reason` names the operator. A squeeze-and-excitation block makes all fields
-    behind it infinite.
+    the vector sees: behind attention, a shift of windows by `roll`, global or adaptive pooling, linear layers
+    over space, FFT, or an operator of another library. `reason` names the operator. A squeeze-and-excitation
+    block makes all fields behind it infinite. The `location` of an infinite field says where the vectors lie,
+    so that patches of a `patch_size` can be taken around them. Windows, class tokens and reshaping to tokens
+    and back keep it. Sorting, indexing, recurrent layers and operators of another library lose it.
 
     Args:
         model: a module that takes one tensor.
@@ -62,7 +65,8 @@ def receptive_fields(
         TypeError: an entry of `input_shape` is not an integer.
         ValueError: `input_shape` is not a sequence of at least three positive integers; the model has lazy
             parameters; it has no layer of that name (the message lists similar names); or the layer does not
-            run, does not depend on the input, or does not return a feature map.
+            run, does not depend on the input, or is known not to return a feature map, as the axes of the
+            input lie along other dimensions of its output.
         RuntimeError: the model does not run on an input of that shape without data, or it reads values of
             tensors, for example to branch on them.
 
@@ -118,31 +122,95 @@ class LayerRun:
         return self.output.device
 
     @property
+    def why_no_map(self) -> str:
+        """Why the output is not a feature map `(B, C, *spatial)` with the axes of the input; "" if it is one.
+
+        In a feature map, each axis of the input lies along its own spatial dimension, in order, and along no
+        other dimension. This is known from the operators that made the map. Its shape does not count.
+        """
+        if self.field.is_constant:
+            return "does not depend on the model's input"
+        if not self._misplaced:
+            return ""
+        return f"of shape {self.shape} is not: {self._whereabouts}"
+
+    def check_map(self) -> None:
+        """Check that the output is a feature map.
+
+        Raises:
+            ValueError: it is not; the message says why.
+        """
+        if self.field.is_constant:
+            raise ValueError(f"layers: the output of {self.name!r} {self.why_no_map}")
+        if self._misplaced:
+            _checks.fail(
+                "layers",
+                "layers whose output is a feature map (B, C, *spatial) with the axes of the input",
+                f"{self.name!r}, whose output {self.why_no_map}",
+            )
+
+    @property
     def receptive_field(self) -> ReceptiveField:
         """The receptive field of an output `(B, C, *spatial)`.
 
+        The `location` of an infinite one says where the vectors lie. It has none if this is not known along
+        some axis; then its `reason` also says why.
+
         Raises:
-            ValueError: the output does not depend on the model's input, or it is not a feature map with the
-                axes of the input.
+            ValueError: the output does not depend on the model's input, or an axis of the input is known not
+                to lie along its own spatial dimension alone, in order.
         """
-        if self.field.is_constant:
-            raise ValueError(f"layers: the output of {self.name!r} does not depend on the model's input")
-        field = _as_map(self.field)
-        grids: list[tuple[Any, Any, Any]] = []
-        for axis, seen in enumerate(field.seen):
-            if isinstance(seen, Intervals):
-                if len(field.dims) != len(field.seen) + 2 or field.places(axis) != {2 + axis}:
-                    _checks.fail(
-                        "layers",
-                        "layers whose output is a feature map (B, C, *spatial) with the axes of the input",
-                        f"{self.name!r}, whose output of shape {self.shape} is not",
-                    )
-                grids.append(seen.grid(self.shape[2 + axis]))
-            else:
-                grids.append((math.inf, 0, -math.inf))
+        if self.field.is_constant or any(self.field.layout.places(axis) for axis in self._misplaced):
+            self.check_map()
+        seen = self.field.reach.as_map().seen
+        grids = [
+            intervals.grid(self.shape[2 + axis])
+            if isinstance(intervals, Intervals)
+            else (math.inf, 0, -math.inf)
+            for axis, intervals in enumerate(seen)
+        ]
         size, stride, start = zip(*grids, strict=True)
-        reasons = dict.fromkeys(seen.reason for seen in field.seen if isinstance(seen, Unbounded))
-        return ReceptiveField(size, stride, start, " and ".join(reasons))
+        reason = " and ".join(dict.fromkeys(lost.reason for lost in seen if isinstance(lost, Lost)))
+        if self._misplaced:
+            return ReceptiveField(size, stride, start, f"{reason} ({self._whereabouts})")
+        return ReceptiveField(size, stride, start, reason, self._location if math.inf in size else None)
+
+    @property
+    def _location(self) -> ReceptiveField:
+        """Where the vectors of a feature map lie."""
+        grids = []
+        for axis, intervals in enumerate(self.field.layout.as_map().seen):
+            assert isinstance(intervals, Intervals)
+            # Whole patterns, since windows of attention are centred on their vectors only as wholes.
+            length = len(intervals.pattern)
+            grids.append(intervals.grid(-(-self.shape[2 + axis] // length) * length))
+        size, stride, start = zip(*grids, strict=True)
+        return ReceptiveField(size, stride, start)
+
+    @property
+    def _misplaced(self) -> list[int]:
+        """The axes that do not lie along their own spatial dimension alone, or of which this is not known."""
+        layout = self.field.layout.as_map()
+        axes = range(len(layout.seen))
+        has_axes = len(layout.dims) == len(axes) + 2
+        return [axis for axis in axes if not has_axes or layout.places(axis) != {2 + axis}]
+
+    @property
+    def _whereabouts(self) -> str:
+        """Where the axes of the input lie in the output, in words."""
+        layout = self.field.layout
+        words = []
+        for axis, seen in enumerate(layout.seen):
+            places = sorted(layout.as_map().places(axis)) or sorted(layout.places(axis))
+            order = "" if layout.as_map().places(axis) else "not in order "
+            along = f"dimension {places[0]}" if len(places) == 1 else f"dimensions {places}"
+            if places:
+                words.append(f"axis {axis} of the image lies {order}along {along}")
+            elif isinstance(seen, Lost):
+                words.append(f"{seen.reason} hid where axis {axis} of the image lies")
+            else:
+                words.append(f"it does not depend on axis {axis} of the image")
+        return ", ".join(words)
 
 
 def trace_layers(
@@ -249,20 +317,6 @@ _READS_VALUES = (
     fake_tensor.UnsupportedFakeTensorException,
     fake_tensor.UnsupportedOperatorException,
 )
-
-
-def _as_map(field: Field) -> Field:
-    """The field with one factor along each spatial dimension and none along batch and channels, if it can."""
-    axes = range(len(field.seen))
-    if len(field.dims) != len(axes) + 2:
-        return field
-    for dim in (0, 1):
-        if all(axis in field.axes_of(2 + axis) for axis in field.axes_of(dim)):
-            field = field.mixed(dim)
-    for axis in axes:
-        if field.axes_of(2 + axis) == {axis}:
-            field = field.plain(2 + axis)
-    return field
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from contrastseg_fast.receptive_field import rules
-from contrastseg_fast.receptive_field.algebra import Field, Unbounded
+from contrastseg_fast.receptive_field.positions import Field
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -58,7 +58,7 @@ class FieldTracker(TorchDispatchMode):
         """What a tensor sees of the image; a tensor not made under this mode sees nothing."""
         nothing = Field.constant(tensor.shape, self._axes)
         if tensor.layout != torch.strided:
-            return nothing.unbounded_where([Unbounded(str(tensor.layout))] * self._axes)
+            return nothing.lose(range(self._axes)).with_reason(str(tensor.layout))
         storage = self._storages.get(_address(tensor))
         if storage is None or tensor.numel() == 0:
             return nothing
