@@ -6,6 +6,7 @@ import copy
 import doctest
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import ModuleType
@@ -521,6 +522,196 @@ def test_what_cannot_be_known_is_infinite(name: str) -> None:
     assert f"INFINITE along axis {', '.join(map(str, axes))}, because of {reason}" in repr(field)
 
 
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).mT
+
+
+def attended(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x) + x
+
+
+def shifted(x: Tensor) -> Tensor:
+    return x.roll((1, 1), (2, 3))
+
+
+def with_class_token(net: Between, x: Tensor) -> Tensor:
+    added = attended(torch.cat([x.new_zeros(1, 1, 2), tokens(x), x.new_zeros(1, 3, 2)], 1))
+    return added[:, 1:-3].mT.reshape(x.shape)
+
+
+def fast_path(net: Between, x: Tensor) -> Tensor:
+    layer = nn.TransformerEncoderLayer(2, 1, 4)
+    parts = [getattr(layer, name) for name in ("norm1", "norm2", "linear1", "linear2")]
+    weights = [value for part in parts for value in (part.weight, part.bias)]
+    heads = layer.self_attn
+    projections = [heads.in_proj_weight, heads.in_proj_bias, heads.out_proj.weight, heads.out_proj.bias]
+    done, _ = torch._native_multi_head_attention(*[tokens(x)] * 3, 2, 1, *projections)
+    done = torch._transformer_encoder_layer_fwd(done, 2, 1, *projections, False, False, 1e-5, *weights)
+    return done.mT.reshape(x.shape)
+
+
+def fewer_keys(net: Between, x: Tensor) -> Tensor:
+    queries, keys = tokens(x), tokens(F.avg_pool2d(x, 4))
+    return ((queries @ keys.mT).softmax(-1) @ keys).mT.reshape(x.shape)
+
+
+def shifted_windows(net: Between, x: Tensor) -> Tensor:
+    """Windows of 5 that need padding, with attention inside."""
+    y = F.pad(x, (0, 3, 0, 3)).roll((-2, -2), (2, 3))
+    y = y.view(1, 2, 7, 5, 7, 5).permute(0, 2, 4, 3, 5, 1).reshape(49, 25, 2)
+    y = ((y @ y.mT).softmax(-1) @ y).view(1, 7, 7, 5, 5, 2).permute(0, 5, 1, 3, 2, 4).reshape(1, 2, 35, 35)
+    return x + y.roll((2, 2), (2, 3))[:, :, :32, :32]
+
+
+def merged_patches(net: Between, x: Tensor) -> Tensor:
+    last = shifted(x).roll((-1, -1), (2, 3)).permute(0, 2, 3, 1)
+    parts = torch.cat([last[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
+    return F.linear(parts, x.new_ones(2, 8)).permute(0, 3, 1, 2)
+
+
+def axial(net: Between, x: Tensor) -> Tensor:
+    columns = attended(x.permute(0, 3, 2, 1).reshape(32, 32, 2))
+    return columns.view(1, 32, 32, 2).permute(0, 3, 2, 1)
+
+
+def spectral(net: Between, x: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft2(x)
+    mixed = F.conv2d(torch.cat([spectrum.real, spectrum.imag], 1), x.new_ones(4, 4, 1, 1))
+    return torch.fft.irfft2(torch.complex(*mixed.chunk(2, 1)), s=x.shape[2:])
+
+
+LOCATED: dict[str, tuple[Callable[[Between, Tensor], Tensor], int, int | Fraction, int]] = {
+    # function; size, stride and start of the location
+    "squeeze and excitation": (lambda net, x: x * x.mean((2, 3), keepdim=True), 3, 1, -1),
+    "convolution behind it": (lambda net, x: net.second(x * x.mean((2, 3), keepdim=True)), 5, 1, -2),
+    "attention with class and register tokens": (with_class_token, 3, 1, -1),
+    "fast path of a transformer layer": (fast_path, 3, 1, -1),
+    "attention to fewer keys": (fewer_keys, 3, 1, -1),
+    "attention over channels": (
+        lambda net, x: ((x.flatten(2) @ tokens(x)) @ x.flatten(2)).view(x.shape),
+        3,
+        1,
+        -1,
+    ),
+    "shifted windows": (shifted_windows, 3, 1, -1),
+    "merged patches": (merged_patches, 4, 2, -1),
+    "axial attention and back": (lambda net, x: axial(net, axial(net, x).mT).mT, 3, 1, -1),
+    "Fourier transform and back": (spectral, 3, 1, -1),
+    "shift": (lambda net, x: shifted(x), 3, 1, -2),
+    "up-sampling by repetition": (
+        lambda net, x: shifted(x).repeat_interleave(2, 2).repeat_interleave(2, 3),
+        3,
+        Fraction(1, 2),
+        -2,
+    ),
+    "several bins": (lambda net, x: F.adaptive_avg_pool2d(x, 4), 10, 8, -1),
+    "pyramid of poolings": (
+        lambda net, x: torch.cat([x, F.interpolate(F.adaptive_avg_pool2d(x, 1), size=32)], 1),
+        3,
+        1,
+        -1,
+    ),
+    "pixel unshuffle": (lambda net, x: F.pixel_unshuffle(shifted(x), 2), 4, 2, -2),
+    "patches into channels": (
+        lambda net, x: F.unfold(shifted(x), 3, padding=1).view(1, 18, 32, 32),
+        5,
+        1,
+        -3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCATED)
+def test_infinite_fields_know_where_their_vectors_lie(name: str) -> None:
+    function, size, stride, start = LOCATED[name]
+    run = trace_layers(Between(function), (1, 1, 32, 32), ["out"])["out"]
+    assert not run.why_no_map
+    field = run.receptive_field
+    assert field.is_infinite
+    assert field.location == ReceptiveField((size,) * 2, (stride,) * 2, (start,) * 2)
+
+
+def token_lost(net: Between, x: Tensor) -> Tensor:
+    added = attended(torch.cat([x.new_zeros(1, 1, 2), tokens(x)], 1))
+    return added[:, :-1].mT.reshape(x.shape)
+
+
+NO_MAPS: dict[str, tuple[Callable[[Between, Tensor], Tensor], str]] = {
+    "channels last": (lambda net, x: x.movedim(1, 3), r"axis 0 .* along dimension 1, axis 1 .* dimension 2"),
+    "channels last, shifted": (
+        lambda net, x: shifted(x).movedim(1, 3),
+        r"axis 0 .* dimension 1, axis 1 .* 2",
+    ),
+    "transposed": (lambda net, x: shifted(x).mT, r"axis 0 .* along dimension 3, axis 1 .* along dimension 2"),
+    "tokens": (
+        lambda net, x: attended(tokens(x)),
+        r"axis 0 .* along dimension 1, axis 1 .* along dimension 1",
+    ),
+    "attention weights": (
+        lambda net, x: (tokens(x) @ x.flatten(2)).softmax(-1)[:, None],
+        r"axis 0 .* along dimensions \[2, 3\], axis 1 .* along dimensions \[2, 3\]",
+    ),
+    "attention weights of columns": (
+        lambda net, x: (x.permute(0, 3, 2, 1) @ x.permute(0, 3, 1, 2)).softmax(-1).permute(0, 3, 2, 1),
+        r"axis 0 .* along dimensions \[1, 2\], axis 1 .* along dimension 3",
+    ),
+    "windows in the batch": (
+        lambda net, x: shifted(x).view(2, 8, 4, 8, 4).permute(1, 3, 0, 2, 4).reshape(64, 2, 4, 4),
+        r"axis 0 .* along dimensions \[0, 2\], axis 1 .* along dimensions \[0, 3\]",
+    ),
+    "interleaved rows": (
+        lambda net, x: shifted(x).view(1, 2, 8, 4, 32).transpose(2, 3).reshape(x.shape),
+        "axis 0 of the image lies not in order along dimension 2, axis 1",
+    ),
+    "interleaved rows of finite fields": (
+        lambda net, x: x.view(1, 2, 8, 4, 32).transpose(2, 3).reshape(x.shape),
+        "axis 0 of the image lies not in order along dimension 2, axis 1",
+    ),
+    "spectrum": (
+        lambda net, x: torch.fft.fft2(x).abs(),
+        r"axis 0 .* not in order .* 2, axis 1 .* not in ord",
+    ),
+    "class token among the others": (
+        token_lost,
+        r"aten\.slice\.Tensor hid where axis 0 .* lies, aten\.slice",
+    ),
+    "sorted": (
+        lambda net, x: x.sort(2).values,
+        r"aten\.sort\.\w+ hid where axis 0 .* lies, axis 1 .* dimension 3",
+    ),
+    "mixed rows": (
+        lambda net, x: x.mT @ x.new_ones(32, 32),
+        r"aten\.\w+\.default hid where axis 0 .* lies, axis 1 .* dimension 2",
+    ),
+    "one pixel for all": (
+        lambda net, x: F.interpolate(x.mean((2, 3), keepdim=True), size=32),
+        r"aten\.mean\.dim hid where axis 0 of the image lies, aten\.mean\.dim hid where axis 1",
+    ),
+    "recurrent layer": (lambda net, x: nn.GRU(32, 32)(x[0])[0][None], "hid where axis 0 .*hid where axis 1"),
+}
+
+
+# Here no axis is known to lie along a wrong dimension.
+LOST = ("class token among the others", "sorted", "one pixel for all", "recurrent layer")
+
+
+@pytest.mark.parametrize("name", NO_MAPS)
+def test_what_is_no_map_is_never_called_one(name: str) -> None:
+    function, reason = NO_MAPS[name]
+    run = trace_layers(Between(function), (1, 1, 32, 32), ["out"])["out"]
+    assert re.search(reason, run.why_no_map)
+    with pytest.raises(ValueError, match=f"layers: expected layers whose output is a feature map .*{reason}"):
+        run.check_map()
+    if name not in LOST:
+        with pytest.raises(ValueError, match=reason):
+            _ = run.receptive_field
+    else:
+        field = run.receptive_field
+        assert field.is_infinite
+        assert field.location is None
+        assert re.search(reason, field.reason)
+
+
 def test_linear_over_space_is_infinite() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 5))
     field = receptive_fields(model, (1, 1, 8, 8), ["2"])["2"]
@@ -741,6 +932,22 @@ def test_starts_compile_into_one_graph() -> None:
     for count in (3, 5):
         indices = torch.randint(0, 100, (count, 2))
         assert torch.equal(compiled(indices), field.starts(indices))
+
+
+def test_patches_of_infinite_fields_are_centred_where_their_vectors_lie() -> None:
+    location = ReceptiveField((4, 6), (4, 2), (0, -1))
+    field = ReceptiveField((math.inf, 6), (0, 2), (0, -1), "attention", location)
+    assert field.centred((3, 2)) == location.centred((3, 2)) == ReceptiveField((3, 2), (4, 2), (1, 1))
+    assert field == ReceptiveField((math.inf, 6), (0, 2), (0, -1))
+    with pytest.raises(ValueError, match="starts: expected a finite receptive field"):
+        field.starts(torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(TypeError, match="location: expected a ReceptiveField or None, got tuple"):
+        ReceptiveField((math.inf, 6), (0, 2), (0, -1), location=(4, 6))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="location: expected None for a finite field"):
+        ReceptiveField((4, 6), (4, 2), (0, -1), location=location)
+    for wrong in (field, ReceptiveField((3,), (1,), (0,))):
+        with pytest.raises(ValueError, match="location: expected a finite field with 2 axes"):
+            ReceptiveField((math.inf, 6), (0, 2), (0, -1), location=wrong)
 
 
 @pytest.mark.parametrize("size", [4, 5])
