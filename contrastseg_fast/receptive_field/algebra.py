@@ -517,7 +517,7 @@ class Reach:
 
         Reshaping may leave such an axis at any dimension of extent 1.
         """
-        if len(self.dims) != len(self.seen) + 2:
+        if len(self.dims) != len(self.seen) + 2 or all(self.dims[2:]):
             return self
         dims = list(self.dims)
         for axis, seen in enumerate(self.seen):

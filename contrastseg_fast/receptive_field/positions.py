@@ -309,15 +309,20 @@ class Field:
         if not (lost := reach.lost):
             return Field(reach)
         positions = move(self._positions_along(lost))
-        unknown = [None if known else seen for known, seen in zip(positions.seen, reach.seen, strict=True)]
-        return Field(reach, positions.lose_where(unknown))
+        if None in positions.seen:
+            known = [seen if positions.seen[axis] is None else None for axis, seen in enumerate(reach.seen)]
+            positions = positions.lose_where(known)
+        return Field(reach, positions)
 
     def _positions_along(self, axes: set[int]) -> Positions:
         """Where the elements lie along these axes."""
-        seen = [seen if axis in axes else None for axis, seen in enumerate(self.reach.seen)]
-        positions = Positions.normal(
-            self.reach.dims, [seen if isinstance(seen, Intervals) else None for seen in seen]
-        )
+        seen = [
+            seen if axis in axes and isinstance(seen, Intervals) else None
+            for axis, seen in enumerate(self.reach.seen)
+        ]
+        if self.positions is not None and not any(seen):
+            return self.positions
+        positions = Positions.normal(self.reach.dims, seen)
         return positions if self.positions is None else self.positions.union(positions)
 
 

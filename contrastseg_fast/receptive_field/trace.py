@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from contrastseg_fast import _checks
 from contrastseg_fast.receptive_field.algebra import Intervals, Lost
 from contrastseg_fast.receptive_field.field import ReceptiveField
-from contrastseg_fast.receptive_field.positions import Field
+from contrastseg_fast.receptive_field.positions import Field, Positions
 from contrastseg_fast.receptive_field.tracker import CircularPaddingAsZeros, FieldTracker
 
 
@@ -160,7 +160,8 @@ class LayerRun:
             ValueError: the output does not depend on the model's input, or an axis of the input is known not
                 to lie along its own spatial dimension alone, in order.
         """
-        if self.field.is_constant or any(self.field.layout.places(axis) for axis in self._misplaced):
+        misplaced = self._misplaced
+        if self.field.is_constant or (misplaced and any(map(self.field.layout.places, misplaced))):
             self.check_map()
         seen = self.field.reach.as_map().seen
         grids = [
@@ -171,7 +172,7 @@ class LayerRun:
         ]
         size, stride, start = zip(*grids, strict=True)
         reason = " and ".join(dict.fromkeys(lost.reason for lost in seen if isinstance(lost, Lost)))
-        if self._misplaced:
+        if misplaced:
             return ReceptiveField(size, stride, start, f"{reason} ({self._whereabouts})")
         return ReceptiveField(size, stride, start, reason, self._location if math.inf in size else None)
 
@@ -179,7 +180,7 @@ class LayerRun:
     def _location(self) -> ReceptiveField:
         """Where the vectors of a feature map lie."""
         grids = []
-        for axis, intervals in enumerate(self.field.layout.as_map().seen):
+        for axis, intervals in enumerate(self._layout.seen):
             assert isinstance(intervals, Intervals)
             # Whole patterns, since windows of attention are centred on their vectors only as wholes.
             length = len(intervals.pattern)
@@ -187,10 +188,15 @@ class LayerRun:
         size, stride, start = zip(*grids, strict=True)
         return ReceptiveField(size, stride, start)
 
+    @cached_property
+    def _layout(self) -> Positions:
+        """Where the elements of the output lie, in the form of a feature map."""
+        return self.field.layout.as_map()
+
     @property
     def _misplaced(self) -> list[int]:
         """The axes that do not lie along their own spatial dimension alone, or of which this is not known."""
-        layout = self.field.layout.as_map()
+        layout = self._layout
         axes = range(len(layout.seen))
         has_axes = len(layout.dims) == len(axes) + 2
         return [axis for axis in axes if not has_axes or layout.places(axis) != {2 + axis}]
@@ -201,8 +207,8 @@ class LayerRun:
         layout = self.field.layout
         words = []
         for axis, seen in enumerate(layout.seen):
-            places = sorted(layout.as_map().places(axis)) or sorted(layout.places(axis))
-            order = "" if layout.as_map().places(axis) else "not in order "
+            places = sorted(self._layout.places(axis)) or sorted(layout.places(axis))
+            order = "" if self._layout.places(axis) else "not in order "
             along = f"dimension {places[0]}" if len(places) == 1 else f"dimensions {places}"
             if places:
                 words.append(f"axis {axis} of the image lies {order}along {along}")
