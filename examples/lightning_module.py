@@ -45,7 +45,8 @@ class Regularized(PDCRMixin, Segmentation):
         self.save_hyperparameters()
         example = torch.zeros(1, 1, size, size)
         insert_uafs(self.net, "0", NUM_CLASSES, example_input=example)
-        self.attach_pdcr(self.net, ["0", "1"], NUM_CLASSES, example_input=example, weight=weight)
+        options = {"class_distance": "tv", "weight": weight}
+        self.attach_pdcr(self.net, ["0", "1"], NUM_CLASSES, example_input=example, **options)
 
 
 def main() -> None:

@@ -16,7 +16,12 @@ def main() -> None:
 
     insert_uafs(model, "auto", NUM_CLASSES, example_input=example)
     pdcr = attach_pdcr(
-        model, ["encoder.layer1", "encoder.layer2"], NUM_CLASSES, example_input=example, patch_size=9
+        model,
+        ["encoder.layer1", "encoder.layer2"],
+        NUM_CLASSES,
+        example_input=example,
+        patch_size=9,
+        class_distance="tv",
     )
 
     criterion = smp.losses.DiceLoss("multiclass")

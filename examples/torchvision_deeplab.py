@@ -19,7 +19,7 @@ def main() -> None:
 
     layers = ["backbone.layer1", "backbone.layer2"]
     insert_uafs(model, layers, NUM_CLASSES, example_input=example)
-    pdcr = attach_pdcr(model, layers, NUM_CLASSES, example_input=example, patch_size=9)
+    pdcr = attach_pdcr(model, layers, NUM_CLASSES, example_input=example, patch_size=9, class_distance="tv")
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for step, (x, y) in enumerate(batches(args.steps, args.size, channels=3)):

@@ -549,9 +549,7 @@ class TestLayers:
         for kind, part in parts.items():
             model = nn.Sequential(OrderedDict(part=part, head=nn.Conv2d(4, 2, 1)))
             for function in (insert_uafs, attach_pdcr):
-                with pytest.raises(
-                    TypeError, match=rf"layers \('part'\): expected .* Python code.*got {kind}"
-                ):
+                with pytest.raises(TypeError, match=rf"layers.*: expected .* Python code.*got .*{kind}"):
                     function(model, "part", 2, example_input=x)
 
     @pytest.mark.filterwarnings("ignore:.*deprecated")

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("monai", reason="needs the extra monai")
 from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks import nets
 from monai.utils import LossReduction
 
 import contrastseg_fast
-from contrastseg_fast import ReceptiveField
+from contrastseg_fast import ReceptiveField, reference
 from contrastseg_fast.integrations.monai import (
     UAFS,
     PDCRLoss,
@@ -53,6 +54,28 @@ def batch(dims: int, side: int = 64) -> tuple[Tensor, Tensor]:
 
 def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_sliding_windows_take_gates_and_collect_nothing() -> None:
+    model = NETWORKS["BasicUNet"](2)
+    x, y = batch(2, 64)
+    insert_uafs(model, "auto", 3, example_input=x)
+    pdcr = attach_pdcr(model, "down_1", 3, example_input=x, patch_size=7)
+    model(x)
+    expected = pdcr(y)
+    model(x)  # validation between a forward pass and its loss
+    model.eval()
+    with torch.no_grad():
+        whole = model(x)
+        windows = sliding_window_inference(x, (64, 64), 1, model)
+        torch.testing.assert_close(windows, whole)
+        parts = sliding_window_inference(torch.cat([x, x], 2), (64, 64), 2, model, overlap=0.0)
+        torch.testing.assert_close(parts, torch.cat([whole, whole], 2))
+    model.train()
+    with pytest.raises(RuntimeError, match="pdcr: expected a forward pass"):
+        pdcr(y)
+    model(x)
+    torch.testing.assert_close(pdcr(y), expected)
 
 
 @pytest.mark.parametrize("layers", ["auto", "by name"])
@@ -205,7 +228,7 @@ def test_the_block_takes_monais_layers(
         kind + f"{dims}d" * (kind == "BatchNorm") for kind in kinds
     ]
     x = MetaTensor(torch.randn(2, 6, *(5,) * dims, requires_grad=True))
-    expected = contrastseg_fast.reference.entropy_gate(x.as_tensor(), gate.head(x.as_tensor()))
+    expected = reference.entropy_gate(x.as_tensor(), gate.head(x.as_tensor()))
     torch.testing.assert_close(torch.as_tensor(gate(x)), expected, check_device=False)
     gate(x).sum().backward()
     assert all(parameter.grad is not None for parameter in gate.parameters())

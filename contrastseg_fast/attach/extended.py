@@ -26,7 +26,7 @@ from contrastseg_fast.attach.model_checks import ORDER, refuse_replica
 from contrastseg_fast.uafs import UAFS
 
 GATE = "uafs"  # the name of a gate among the children of its layer
-BEFORE, AFTER = "_observers_of_inputs", "_observers_of_output"  # attributes of extended modules
+BEFORE, AFTER, GATED = "_observers_of_inputs", "_observers_of_output", "_has_gate"  # their attributes
 _CHILDREN = {"children", "named_children", "_modules"}
 
 Observer = Callable[..., None]
@@ -56,8 +56,9 @@ class Gate(UAFS):
 
 def gate_of(module: nn.Module) -> Gate | None:
     """The gate behind a module, if there is one."""
-    gate = getattr(module, GATE, None)  # `_modules` of scripted modules is no dict
-    return gate if isinstance(gate, Gate) else None
+    child = getattr(module, GATE, None)
+    within = child.modules() if isinstance(child, nn.Module) else ()  # a wrapper of the gate, for example
+    return next((each for each in within if isinstance(each, Gate)), None)
 
 
 def put_gate(module: nn.Module, gate: Gate) -> None:
@@ -68,6 +69,7 @@ def put_gate(module: nn.Module, gate: Gate) -> None:
 def take_gate(module: nn.Module) -> None:
     """Take the gate behind a module out again."""
     delattr(module, GATE)
+    module.__dict__.pop(GATED, None)
     _restore_class(module)
 
 
@@ -101,7 +103,7 @@ def check_extensible(module: nn.Module, name: str, *, by_gate: bool = False) -> 
     """
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         kind = "a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else "an fx.GraphModule"
-        _checks.fail_type(name, "modules whose forward pass is Python code that stays as it is", kind)
+        _checks.fail_type(name, "modules whose forward pass is Python code, not generated", kind)
     if "forward" in module.__dict__:
         got = f"a {type(module).__name__} whose forward was replaced, by accelerate for example; {ORDER}"
         _checks.fail(name, "modules whose forward pass is that of their class", got)
@@ -156,7 +158,7 @@ def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
         output = cls.forward(self, *args, **kwargs)
         if not runs_gate:
             gate = self._modules.get(GATE)
-            if isinstance(gate, Gate):
+            if gate is not None and GATED in self.__dict__:
                 output = gate(output)
         for observer in self.__dict__.get(AFTER, ()):
             observer(self, output)
@@ -267,8 +269,9 @@ def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> Non
             f"the {type(old).__name__} that it replaces, got {kind}; call remove_uafs before and insert_uafs "
             "afterwards"
         )
-    if name == GATE and isinstance(new, Gate) and type(parent).forward is not nn.Sequential.forward:
+    if name == GATE and _gates_in(new) and type(parent).forward is not nn.Sequential.forward:
         _extend(parent)
+        parent.__dict__[GATED] = True  # which a child of the layer itself, of the same name, does not set
 
 
 def _gates_in(module: nn.Module | None) -> set[Gate]:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -89,9 +90,9 @@ def attach_pdcr(
         ValueError: `layers` is empty, or names a layer that the model does not have, that does not run, or
             whose output is not a feature map; the model or a layer is parametrized, or its `forward` was
             replaced; `label_size` has not one positive entry per axis; the receptive field of a layer is
-            infinite; `"auto"` finds no layer; `receptive_fields` names a layer that is not used; there is a
-            `projection` and `model` has an attribute `pdcr` already; `example_input` is not 4- or
-            5-dimensional; or `num_classes` or an option has a wrong value.
+            infinite and it has no `patch_size`; `"auto"` finds no layer; `receptive_fields` names a layer
+            that is not used; there is a `projection` and `model` has an attribute `pdcr` already;
+            `example_input` is not 4- or 5-dimensional; or `num_classes` or an option has a wrong value.
         RuntimeError: the model does not run on an input without data, for example because it branches on the
             values of tensors.
 
@@ -406,7 +407,8 @@ def _checked_size(label_size: Sequence[int], spatial_dims: int) -> tuple[int, ..
 def _scaled(field: ReceptiveField, factors: Sequence[Fraction]) -> ReceptiveField:
     """A receptive field in the pixels of a resized image."""
     if field.is_infinite:
-        return field
+        location = None if field.location is None else _scaled(field.location, factors)
+        return replace(field, location=location)
     size = [math.ceil(extent * factor) for extent, factor in zip(field.size, factors, strict=True)]
     stride = [step * factor for step, factor in zip(field.stride, factors, strict=True)]
     start = [first * factor for first, factor in zip(field.start, factors, strict=True)]

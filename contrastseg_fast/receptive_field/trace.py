@@ -62,7 +62,7 @@ def receptive_fields(
         the field of each layer, in pixels of the input.
 
     Raises:
-        TypeError: an entry of `input_shape` is not an integer.
+        TypeError: an entry of `input_shape` is not an integer, or a layer is scripted or traced.
         ValueError: `input_shape` is not a sequence of at least three positive integers; the model has lazy
             parameters; it has no layer of that name (the message lists similar names); or the layer does not
             run, does not depend on the input, or is known not to return a feature map, as the axes of the
@@ -245,6 +245,7 @@ def trace_layers(
         the run of each watched layer by its name, in the order of these runs.
 
     Raises:
+        TypeError: a required layer is scripted or traced.
         ValueError: the model has no layer of a name in `names` or `required`, it has lazy parameters, or a
             required layer did not run or returned no tensor.
         RuntimeError: the model does not run on an input of that shape without data, or it reads values of
@@ -263,6 +264,12 @@ def trace_layers(
         if name not in known:
             raise ValueError(unknown_layer(name, known))
         watched[name] = known[name]
+    for name in [name for name, module in watched.items() if isinstance(module, torch.jit.ScriptModule)]:
+        if name in required:
+            _checks.fail_type(
+                "layers", "layers whose forward pass is Python code", f"{name!r}, a ScriptModule"
+            )
+        del watched[name]  # it takes no hooks
     parameters = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
         raise ValueError("model: expected initialised parameters, got lazy ones; run the model once before")
