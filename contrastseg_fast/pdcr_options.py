@@ -322,7 +322,8 @@ def _named_fields(
         if not isinstance(field, ReceptiveField):
             _checks.fail_type(name, "a ReceptiveField", type(field).__name__)
         if field.is_infinite and field.location is None:
-            _checks.fail(name, "a finite field, or an infinite one with a location", field)
+            got = f"{field}; choose another layer, or give its receptive field by hand"
+            _checks.fail(name, "a finite field, or an infinite one with a location", got)
         if field.spatial_dims not in (2, 3):
             _checks.fail(name, "2 or 3 axes", field)
     if len({field.spatial_dims for field in fields.values()}) > 1:

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
-from contrastseg_fast import attach_pdcr, insert_uafs
+from contrastseg_fast import UAFS, attach_pdcr, insert_uafs
 from contrastseg_fast.attach import AttachedPDCR, remove_uafs
-from contrastseg_fast.attach.extended import Gate, is_extended
+from contrastseg_fast.attach.extended import is_extended
 
 X = (2, 1, 24, 32)
-LAYERS = {"stem": 4, "down": 6, "dense": 10, "deep": 8}  # with their channels
+LAYERS = ("stem", "down", "dense", "deep")
 
 
 class Dense(nn.ModuleDict):
@@ -53,6 +54,21 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.deep(self.dense(self.down(self.stem(x)))))
+
+
+class Checkpointed(Net):
+    """Computes all but the first and the last layer again in the backward pass."""
+
+    checkpoints = True
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.deep(self.dense(self.down(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(
+            checkpoint(self.encode, x, use_reentrant=False) if self.checkpoints else self.encode(x)
+        )
 
 
 class Block(nn.Module):
@@ -139,6 +155,29 @@ class TestCompiled:
         with torch.no_grad():
             torch.testing.assert_close(second.eval()(x), eager.eval()(x), rtol=1e-4, atol=1e-5)
             assert not torch.allclose(second(x), baseline(x), atol=1e-2)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("layers", [["stem"], ["stem", "down", "deep"]], ids=["outside", "inside"])
+    def test_checkpoints(self, layers: list[str], compiled: bool) -> None:
+        """Gates work in compiled checkpoints. PDCR inside one breaks the graph, so the whole is not one."""
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model, (x, y) = Checkpointed(), batch()
+        insert_uafs(model, list(LAYERS), 3, example_input=x, norm="instance")
+        for norm in (model.down[1], model.deep.norm):
+            norm.momentum = 0.0  # recomputing would move the statistics twice
+        plain = copy.deepcopy(model)
+        plain.checkpoints = False
+        pdcrs = [attach_pdcr(net, layers, 3, example_input=x, patch_size=5) for net in (model, plain)]
+        run = torch.compile(model, backend="aot_eager", fullgraph=layers == ["stem"]) if compiled else model
+        for _ in range(2):
+            losses = [net(x).square().mean() + pdcr(y) for net, pdcr in zip((run, plain), pdcrs, strict=True)]
+            torch.testing.assert_close(*losses)
+            for net, loss in zip((model, plain), losses, strict=True):
+                net.zero_grad()
+                loss.backward()
+            for ours, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-3, atol=1e-4)
 
     def test_steps_compile_once(self) -> None:
         torch.compiler.reset()
@@ -237,7 +276,20 @@ class TestCopies:
         del model
         gc.collect()
         torch.testing.assert_close(head(deep(hidden)), wanted)
-        assert deep(hidden).requires_grad
+
+    def test_a_layer_in_another_model_collects_for_its_own_one(self) -> None:
+        model, (x, y) = make(), batch()
+        pdcr = attached(model)
+        other = nn.Sequential(model.stem, nn.Conv2d(4, 2, 1))
+        model(x)
+        expected = pdcr(y)
+        model(x)
+        other(torch.randn(X))
+        model.deep(torch.randn(2, 10, 12, 16))
+        torch.testing.assert_close(pdcr(y), expected)
+        other(x)
+        with pytest.raises(RuntimeError, match="pdcr: expected a forward pass of the model"):
+            pdcr(y)
 
     def test_state_dicts_round_trip_and_differ_from_plain_ones(self) -> None:
         model, x = gated().eval(), torch.randn(X)
@@ -259,11 +311,10 @@ class TestCopies:
         assert torch.equal(nn.Sequential(*model.down.children())(hidden), model.down(hidden))
         sequence = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)).eval()
         insert_uafs(sequence, ["0", "1"], 2, example_input=x)
-        pdcr = attach_pdcr(sequence, ["0"], 2, example_input=x)
+        attach_pdcr(sequence, ["0"], 2, example_input=x)  # which extends the class that slices are made of
         part = sequence[:2]
         assert torch.equal(part(x), sequence[1](sequence[0](x)))
         assert len(sequence) == 3
-        pdcr.remove()
 
     def test_moves_between_dtypes_and_devices_reach_gates(self) -> None:
         model = gated().double().to("meta")
@@ -273,6 +324,14 @@ class TestCopies:
         seen: list[nn.Module] = []
         model.apply(seen.append)
         assert set(model.uafs.values()) <= set(seen)
+
+    def test_copies_start_afresh(self) -> None:
+        model, (x, y) = gated(), batch()
+        pdcr = attached(model)
+        with pdcr.paused():
+            other, own = copy.deepcopy((model, pdcr))
+        other(x)
+        assert own(y).requires_grad
 
 
 class TestRemoved:
@@ -379,6 +438,7 @@ class TestConverted:
         model.down[1].uafs.head[1] = nn.Identity()
         model.down = nn.Sequential(model.down, nn.ReLU())
         model.head = None
+        assert list(model.uafs) == ["down.0.1"]
 
     def test_wrappers_that_contain_the_layer_keep_its_gate(self) -> None:
         model, x = gated(["stem", "deep.conv"]).eval(), torch.randn(X)
@@ -392,7 +452,7 @@ class TestConverted:
         assert all(parameter.grad is None for parameter in model.stem.base_layer.parameters())
         pdcr.remove()
 
-    def test_fusing_a_gated_layer_raises(self) -> None:
+    def test_torch_does_not_fuse_a_gated_layer(self) -> None:
         model = gated(["down.1"]).eval()
         with pytest.raises(AssertionError, match="did not find fuser method"):
             torch.ao.quantization.fuse_modules(model, [["down.0", "down.1"]])
@@ -445,6 +505,60 @@ class Children(nn.Sequential):
         return x
 
 
+class Indirect(Children):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        for child in self._modules.values():
+            x = child(x)
+        return x
+
+
+class Decorated(Children):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Sliced(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        for layer in self[1:]:
+            x = layer(x)
+        return x
+
+
+class Chosen(nn.Sequential):
+    """Its iteration, and so its forward pass, leaves children out."""
+
+    def __iter__(self) -> Any:
+        return iter([child for child in self._modules.values() if isinstance(child, nn.Conv2d)])
+
+
+class Reduced(nn.Module):
+    """Says itself how it is pickled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"modules": self._modules, "training": self.training}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__init__(self)
+        self._modules.update(state["modules"])
+        self.training = state["training"]
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.channels,), self.__getstate__()
+
+
 class Twice(nn.Sequential):
     """Runs itself by iteration and by index."""
 
@@ -461,7 +575,7 @@ class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
-        self.uafs = Gate.__base__(2, 4, 2)
+        self.uafs = UAFS(2, 4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.uafs(self.conv(x))
@@ -487,16 +601,82 @@ class TestLayers:
         assert list(dense) == list(dense.keys()) == [name for name, _ in dense.items()] == ["a", "b"]
         assert len(dense) == len(dense.values()) == 2
 
-    def test_layers_that_ask_for_their_children_take_no_gate(self) -> None:
+    @pytest.mark.parametrize("cls", [Children, Indirect, Decorated])
+    def test_layers_that_run_all_children_take_no_gate(self, cls: type[nn.Sequential]) -> None:
         x = torch.zeros(1, 1, 16, 16)
-        model = nn.Sequential(Children(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 1))
-        with pytest.raises(
-            ValueError, match=r"layers \('0'\): expected layers whose forward pass does not ask"
-        ):
-            insert_uafs(model, "0", 2, example_input=x)
-        assert [type(module) for module in model.modules()][1] is Children
-        insert_uafs(model, "0.1", 2, example_input=x)
-        attach_pdcr(model, "0", 2, example_input=x)
+        model = nn.Sequential(cls(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 1))
+        with pytest.raises(ValueError, match=r"layers: .* does not run all .*, got '0'; name other"):
+            insert_uafs(model, ["0", "1"], 2, example_input=x)
+        assert not any(is_extended(module) for module in model.modules())
+        insert_uafs(model, "auto", 2, example_input=x)
+        assert "0" not in model.uafs
+        attach_pdcr(model, "0", 2, example_input=x, patch_size=3)
+
+    @pytest.mark.parametrize("cls", [Chosen, Sliced])
+    def test_sequences_with_ways_of_their_own_take_gates(self, cls: type[nn.Sequential]) -> None:
+        x = torch.randn(2, 1, 16, 16)
+        model = nn.Sequential(cls(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 1)).eval()
+        hidden = model[0](x)
+        insert_uafs(model, "0", 2, example_input=x)
+        assert torch.equal(model[0](x), model.uafs["0"](hidden))
+
+    def test_a_layer_that_runs_with_different_channels_takes_no_gate(self) -> None:
+        class Shared(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.relu = nn.Conv2d(1, 4, 3), nn.ReLU()
+                self.second = nn.Conv2d(4, 6, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.relu(self.second(self.relu(self.first(x))))
+
+        model = Shared()
+        with pytest.raises(RuntimeError, match="expected 6 channels, got 4"):
+            insert_uafs(model, ["first", "relu"], 2, example_input=torch.zeros(X))
+        assert not any(is_extended(module) for module in model.modules())
+        assert not hasattr(model, "uafs")
+
+    def test_layers_with_several_names_and_wrappers_that_delegate(self) -> None:
+        x = torch.randn(2, 1, 16, 16)
+        model = nn.Sequential(*(nn.Conv2d(k, 4, 3, padding=1) for k in (1, 4)), nn.Conv2d(4, 2, 1))
+        model[2].again = nn.ModuleList([model[1]])
+        insert_uafs(model, "2.again.0", 2, example_input=x)
+        assert model.uafs["2.again.0"] is model.uafs["1"]
+        remove_uafs(model, "2.again.0")
+        insert_uafs(model, "0", 2, example_input=x)
+        model[0] = torch.compile(model[0], backend="eager")
+        assert list(model.uafs) == ["0._orig_mod"]
+        model[1] = torch.compile(model[1], backend="eager")
+        for function in (insert_uafs, attach_pdcr):
+            with pytest.raises(ValueError, match=r"layers \('1'\): expected .* not compiled.*'_orig_mod'"):
+                function(model, "1", 2, example_input=x)
+        remove_uafs(model)
+        insert_uafs(model, "auto", 2, example_input=x)
+        assert set(model.uafs) <= {"0._orig_mod", "1._orig_mod"}
+
+    def test_classes_with_registries_and_reductions_of_their_own(self) -> None:
+        made: list[str] = []
+
+        class Registered(nn.Conv2d):
+            def __init_subclass__(cls, *, key: str) -> None:
+                made.append(key)
+
+        model, x = (
+            nn.Sequential(Registered(1, 4, 3), Reduced(4), nn.Conv2d(4, 2, 1)).eval(),
+            torch.randn(1, 1, 8, 8),
+        )
+        insert_uafs(model, ["0", "1"], 2, example_input=x)
+        assert not made
+        own = pickle.loads(pickle.dumps(model[1]))
+        hidden = torch.randn(1, 4, 5, 5)
+        assert torch.equal(own(hidden), model[1](hidden))
+
+    def test_what_is_no_gate_is_not_run(self) -> None:
+        model, x = gated(["stem", "deep"]).eval(), torch.randn(X)
+        del model.stem.uafs
+        model.stem.uafs = UAFS(2, 4, 2)  # the layer's own, which its forward pass does not run
+        del model.uafs["deep"]
+        torch.testing.assert_close(model(x), make().eval()(x))
 
     def test_a_gate_of_the_model_itself_is_left_alone(self) -> None:
         model, x = nn.Sequential(Own(), nn.Conv2d(4, 2, 1)).eval(), torch.randn(2, 1, 8, 8)
@@ -553,7 +733,7 @@ class TestLayers:
                     function(model, "part", 2, example_input=x)
 
     @pytest.mark.filterwarnings("ignore:.*deprecated")
-    def test_scripting_raises_and_tracing_works(self) -> None:
+    def test_tracing_and_export_work_and_scripting_raises(self) -> None:
         x = torch.randn(X)
         model = gated(["stem"]).eval()
         with pytest.raises(
@@ -564,6 +744,8 @@ class TestLayers:
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
         model = make()
         attached(model)
+        traced = fx.symbolic_trace(model.eval())
+        torch.testing.assert_close(traced(x), model(x))
         exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})
         torch.testing.assert_close(exported.module()(x), model(x))
 

@@ -10,9 +10,8 @@ copied, saved, moved, sharded and used alone together with their layers.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,8 +25,8 @@ from contrastseg_fast.attach.model_checks import ORDER, refuse_replica
 from contrastseg_fast.uafs import UAFS
 
 GATE = "uafs"  # the name of a gate among the children of its layer
-BEFORE, AFTER, GATED = "_observers_of_inputs", "_observers_of_output", "_has_gate"  # their attributes
-_CHILDREN = {"children", "named_children", "_modules"}
+BEFORE, AFTER = "_observers_of_inputs", "_observers_of_output"  # attributes of extended modules
+GATED = "_has_wrapped_gate"  # where the child is a wrapper of the gate
 
 Observer = Callable[..., None]
 
@@ -49,15 +48,19 @@ class Gate(UAFS):
         if isinstance(x, Tensor):
             return super().forward(x)
         leaves, structure = tree_flatten(x)
-        position = next(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        position = next((k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        if position is None:
+            _checks.fail_type("x", "a layer's output with a tensor in it", type(x).__name__)
         leaves[position] = super().forward(leaves[position])
         return tree_unflatten(leaves, structure)
 
 
 def gate_of(module: nn.Module) -> Gate | None:
     """The gate behind a module, if there is one."""
-    child = getattr(module, GATE, None)
-    within = child.modules() if isinstance(child, nn.Module) else ()  # a wrapper of the gate, for example
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    child = module._modules.get(GATE)
+    within = child.modules() if child is not None else ()  # the child may be a wrapper of the gate
     return next((each for each in within if isinstance(each, Gate)), None)
 
 
@@ -98,30 +101,33 @@ def check_extensible(module: nn.Module, name: str, *, by_gate: bool = False) -> 
 
     Raises:
         TypeError: the module is scripted, or an `fx.GraphModule`.
-        ValueError: the module's `forward` was replaced, or the module is parametrized; or, for a gate, the
-            module has another attribute `uafs`, or its forward pass runs all of its children.
+        ValueError: the module's `forward` was replaced, or the module is compiled or parametrized; or, for a
+            gate, the module has another attribute `uafs`.
     """
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         kind = "a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else "an fx.GraphModule"
         _checks.fail_type(name, "modules whose forward pass is Python code, not generated", kind)
+    if "_orig_mod" in module._modules:
+        _checks.fail(name, "modules that are not compiled", "a compiled one; name the '_orig_mod' inside it")
     if "forward" in module.__dict__:
         got = f"a {type(module).__name__} whose forward was replaced, by accelerate for example; {ORDER}"
         _checks.fail(name, "modules whose forward pass is that of their class", got)
     if is_parametrized(module) and not is_extended(module):
         got = f"a {type(module).__name__}; parametrize it (spectral_norm, weight_norm) afterwards"
         _checks.fail(name, "modules that are not parametrized yet", got)
-    if by_gate and hasattr(module, GATE):
+    if by_gate and (GATE in {**module.__dict__, **module._modules} or hasattr(type(module), GATE)):
         got = f"a {type(module).__name__} with a {type(getattr(module, GATE)).__name__}"
         _checks.fail(name, f"layers without an attribute {GATE!r}, the name of their gate", got)
-    if by_gate and not can_hold_gate(module):
-        got = f"a {type(module).__name__}, which would run a gate as one of these"
-        _checks.fail(name, "layers whose forward pass does not ask for all of their children", got)
 
 
-def can_hold_gate(module: nn.Module) -> bool:
-    """Whether one more child does not change the forward pass of a module, as far as its code tells."""
-    forward = getattr(type(module), "_extends", type(module)).forward
-    return forward is nn.Sequential.forward or not _CHILDREN & set(_names_used(forward))
+def runs_children(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class run all of their children in order, a gate as the last."""
+    return cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__  # type: ignore[attr-defined]
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether anything observes the inputs or outputs of a module."""
+    return BEFORE in module.__dict__ or AFTER in module.__dict__
 
 
 def is_extended(module: nn.Module) -> bool:
@@ -136,21 +142,21 @@ def _observe(module: nn.Module, slot: str, observer: Observer) -> None:
 
 def _extend(module: nn.Module) -> None:
     if not is_extended(module):
-        check_extensible(module, "model")
+        check_extensible(module, type(module).__name__)
         module.__class__ = _extended_class(type(module))  # type: ignore[arg-type]  # a class is hashable
 
 
 def _restore_class(module: nn.Module) -> None:
     """Give a module its own class again, if nothing is attached to it."""
     cls = type(module)
-    in_use = BEFORE in module.__dict__ or AFTER in module.__dict__ or gate_of(module) is not None
+    in_use = is_observed(module) or gate_of(module) is not None
     if "_extends" in vars(cls) and not in_use:  # not where another library has extended the class again
         module.__class__ = vars(cls)["_extends"]
 
 
 @functools.cache
 def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
-    runs_gate = cls.forward is nn.Sequential.forward  # as the last of its children
+    runs_gate = runs_children(cls)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for observer in self.__dict__.get(BEFORE, ()):
@@ -158,7 +164,7 @@ def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
         output = cls.forward(self, *args, **kwargs)
         if not runs_gate:
             gate = self._modules.get(GATE)
-            if gate is not None and GATED in self.__dict__:
+            if isinstance(gate, Gate) or (gate is not None and GATED in self.__dict__):
                 output = gate(output)
         for observer in self.__dict__.get(AFTER, ()):
             observer(self, output)
@@ -167,13 +173,13 @@ def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = cls.__reduce_ex__(self, protocol)
         function, arguments, *rest = reduced
-        plain = tuple(cls if argument is extended else argument for argument in arguments)
-        return _make_extended, (function, plain), *rest
+        plain, *arguments = (cls if each is extended else each for each in (function, *arguments))
+        return _make_extended, (plain, arguments), *rest
 
     # torch.compile counts its recompilations by code object, so each class needs one of its own.
     code = forward.__code__.replace()
     own_forward = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
-    own_forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    own_forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # for its signature
     own_forward.__doc__ = cls.forward.__doc__
     namespace: dict[str, Any] = {
         "forward": own_forward,
@@ -184,15 +190,20 @@ def _extended_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    if not runs_gate and issubclass(cls, (nn.Sequential, nn.ModuleList)):
-        namespace |= {"__iter__": _iterate, "__len__": _count, "__getitem__": _at(cls)}
-    elif issubclass(cls, nn.ModuleDict):
-        namespace |= {"__iter__": _keys, "__len__": _count, "keys": _keys, "values": _values, "items": _items}
-    extended = type(cls.__name__, (cls,), namespace)
+    if not runs_gate:
+        namespace |= _without_gate(cls)
+    extended: type[nn.Module] = type(cls.__name__, (_Unregistered, cls), namespace)
     return extended
 
 
-def _make_extended(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+class _Unregistered:
+    """Keeps a class from being told of its subclass, which it might register."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+def _make_extended(function: Callable[..., nn.Module], arguments: Sequence[Any]) -> nn.Module:
     """Make a copy or an unpickled module, which gets its attributes afterwards."""
     module = function(*arguments)
     if not is_extended(module):
@@ -207,7 +218,21 @@ def _refuse_scripting(module: nn.Module) -> NoReturn:
     )
 
 
-# Containers that run their children in a forward pass of their own do not run the gate among them.
+def _without_gate(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a container that leave out the gate, for containers with a forward pass of their own."""
+    for container, methods in (
+        (nn.Sequential, {"__iter__": _iterate, "__len__": _count, "__getitem__": _at(nn.Sequential)}),
+        (nn.ModuleList, {"__iter__": _iterate, "__len__": _count, "__getitem__": _at(nn.ModuleList)}),
+        (
+            nn.ModuleDict,
+            {"__iter__": _keys, "__len__": _count, "keys": _keys, "values": _values, "items": _items},
+        ),
+    ):
+        if issubclass(cls, container):  # methods of its own stay
+            return {n: m for n, m in methods.items() if getattr(cls, n) is getattr(container, n)}
+    return {}
+
+
 def _children(container: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in container._modules.items() if name != GATE}  # type: ignore[misc]
 
@@ -241,15 +266,6 @@ def _at(cls: Any) -> Callable[..., Any]:
     return getitem
 
 
-def _names_used(function: Callable[..., Any]) -> Iterator[str]:
-    """The names of globals and attributes in the code of a function and of functions within it."""
-    codes = [function.__code__] if hasattr(function, "__code__") else []
-    while codes:
-        code = codes.pop()
-        yield from code.co_names
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-
-
 @functools.cache
 def _watch_registrations() -> None:
     register_module_module_registration_hook(_on_registration)
@@ -262,16 +278,22 @@ def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> Non
     the old one, so that the gate acts behind the new layer. Where they drop the gate, this raises.
     """
     old = parent.__dict__.get("_modules", {}).get(name)
-    if old is not None and old is not new and (lost := _gates_in(old) - _gates_in(new)):
+    if old is None or old is new or (new is not None and new in old.modules()):  # what a wrapper held is back
+        lost = set()
+    else:
+        lost = _gates_in(old) - _gates_in(new)
+    if lost:
         kind = "nothing" if new is None else f"a {type(new).__name__}"
         raise RuntimeError(
             f"{type(parent).__name__}.{name}: expected a layer that keeps the {len(lost)} UAFS gate(s) of "
             f"the {type(old).__name__} that it replaces, got {kind}; call remove_uafs before and insert_uafs "
             "afterwards"
         )
-    if name == GATE and _gates_in(new) and type(parent).forward is not nn.Sequential.forward:
-        _extend(parent)
-        parent.__dict__[GATED] = True  # which a child of the layer itself, of the same name, does not set
+    if name == GATE:
+        parent.__dict__.pop(GATED, None)
+        if _gates_in(new) and not runs_children(type(parent)):
+            _extend(parent)
+            parent.__dict__[GATED] = True
 
 
 def _gates_in(module: nn.Module | None) -> set[Gate]:

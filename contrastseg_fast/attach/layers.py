@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from contrastseg_fast import _checks
-from contrastseg_fast.attach.extended import Gate, can_hold_gate
+from contrastseg_fast.attach.extended import Gate
 from contrastseg_fast.attach.model_checks import check_example
 from contrastseg_fast.projection import Projections
 from contrastseg_fast.receptive_field import LayerRun, trace_layers, unknown_layer
@@ -101,8 +101,7 @@ def select_stages(model: nn.Module, example: Tensor) -> Selection:
     """What `"auto"` chooses for gates: one encoder and one decoder layer for each resolution."""
     runs = _trace_all(model, example)
     names: list[str] = []
-    for found in _encoder_and_decoder(model, example, runs):
-        candidates = [each for each in found if can_hold_gate(model.get_submodule(each.run.name))]
+    for candidates in _encoder_and_decoder(model, example, runs):
         names += _one_of_each(model, [(_halvings(each.run, example), each) for each in candidates])
     if not names:
         _checks.fail("layers", "a model with feature maps inside", "none for 'auto' to choose; name them")
@@ -145,7 +144,7 @@ class _Request:
         self.names = [name for name in self._wanted if name in self._modules]
         self.candidates: list[str] = []
         if len(self.names) < len(self._wanted):
-            added = _added_modules(model)
+            added = _not_layers(model)
             self.candidates = [name for name, _ in model.named_modules() if name and name not in added]
 
     @property
@@ -171,10 +170,12 @@ def _outermost(names: Sequence[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def _added_modules(model: nn.Module) -> set[str]:
-    """The names of all gates and projection heads in a model, and of the modules inside them."""
+def _not_layers(model: nn.Module) -> set[str]:
+    """The names of gates, projection heads and all inside them, and of wrappers of compiled modules."""
     added: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if "_orig_mod" in module._modules:
+            added.add(prefix)
         if isinstance(module, (Gate, Projections)):
             added.update(name for name, _ in module.named_modules(prefix=prefix, remove_duplicate=False))
     return added
@@ -217,7 +218,7 @@ def _encoder_and_decoder(
     return the same tensor, the one that made it is used, or the outermost layer around that one. From the
     lowest resolution on, layers with as many channels as the model's output are left out.
     """
-    added = _added_modules(model)
+    added = _not_layers(model)
     makers: dict[tuple[int, int], LayerRun] = {}  # by tensor and version
     without_activation: set[tuple[int, int]] = set()
     for run in runs.values():

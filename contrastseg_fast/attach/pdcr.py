@@ -55,7 +55,8 @@ def attach_pdcr(
     call the regularizer in every step, with weight 0 if need be, or use `static_graph=True`.
 
     Args:
-        model: a module that is called as a whole in training. Make the optimizer, wrap the model (in
+        model: a module that is called as a whole in training: what runs outside of its forward pass is not
+            sampled. Make the optimizer, wrap the model (in
             DistributedDataParallel, without `find_unused_parameters` if there is a `projection`) and compile
             it afterwards. DataParallel is not supported, because its replicas would share the samples.
         layers: names of layers as in `model.named_modules()`, or patterns such as `"encoder.*.conv2"`. The
@@ -63,7 +64,8 @@ def attach_pdcr(
             matches a layer and also layers inside it, only the outer one is used. `"auto"` chooses one
             encoder layer for each of the strides 2, 4 and 8: the outermost one, and if there are several the
             one that runs last. It considers only layers whose receptive field has at least 5 pixels and at
-            most half of the image. `print(pdcr)` shows the layers.
+            most half of the image. Layers with an infinite receptive field must be named, and need a
+            `patch_size`. `print(pdcr)` shows the layers.
         num_classes: number of classes, as for `PDCRLoss`.
         example_input: an input `(B, C, *spatial)` with the shape and the dtype of inputs in training. Its
             values are not used. It may be None if `receptive_fields` gives the field of every layer, and
@@ -154,7 +156,8 @@ class AttachedPDCR:
     """The PDCR regularizer of a model, made by `attach_pdcr`. Call it with the labels of each forward pass.
 
     Only the latest forward pass is used, and only once. In eval mode and under `torch.no_grad()` nothing is
-    sampled and the regularizer is 0. The mode of the model decides, not that of its layers. Non-reentrant
+    sampled and the regularizer is 0. Such a pass discards the samples of the pass before, unless it is
+    paused. The mode of the model decides, not that of its layers. Non-reentrant
     checkpointing is supported. A layer inside a reentrant checkpoint runs without gradients and cannot be
     used.
 
@@ -165,8 +168,9 @@ class AttachedPDCR:
 
     Each regularizer warns once if it is without effect where that may be a mistake: the model is in eval mode
     but computes gradients, vectors have no gradient because their layers are frozen, or vectors of a second
-    forward pass replaced those of a first one. To say that it is meant, run the forward pass, and call the
-    regularizer, inside `with pdcr.paused():`.
+    forward pass replaced those of a first one. To turn PDCR off on purpose, run the forward pass, and call
+    the regularizer, inside `with pdcr.paused():`. If a batch also holds images without labels, fill their
+    labels with `ignore_index`.
 
     Attributes:
         loss: the `PDCRLoss`, with the layers' `receptive_fields` and `projections`.
@@ -182,6 +186,7 @@ class AttachedPDCR:
         self._input_size: tuple[int, ...] | None = None  # of the latest pass
         self._replaced_samples = False  # whether those of a pass were replaced before they were used
         self._ran_in_eval = False  # whether the latest pass ran in eval mode with gradients
+        self._in_pass = False
         self._warned: set[str] = set()
         self._paused = 0
         self._collectors = [_Collector(str(name)) for name in loss.receptive_fields]
@@ -189,6 +194,7 @@ class AttachedPDCR:
         observe_inputs(model, self._begin_pass)
         for collector in self._collectors:
             observe_output(model.get_submodule(collector.layer), collector)
+        observe_output(model, self._end_pass)
         if loss.projections is not None:
             model.add_module(HEADS, loss.projections)
 
@@ -231,8 +237,9 @@ class AttachedPDCR:
             )
         if frozen := [sample.layer for sample in samples if not sample.vectors.requires_grad]:
             self._warn(
-                f"PDCR has no gradient at the layers {frozen}, because all that they depend on is frozen; if "
-                "this is meant, run the model and call the regularizer inside `with pdcr.paused():`"
+                f"PDCR has no gradient at the layers {frozen}, because all that they depend on is frozen; "
+                "attach it to layers that train, or, to turn it off for a while, run the model and call the "
+                "regularizer inside `with pdcr.paused():`"
             )
         self._used_samples = {name: _detached(samples) for name, samples in self._samples.items()}
         self._samples = {}
@@ -272,6 +279,7 @@ class AttachedPDCR:
     def remove(self) -> None:
         """Detach the regularizer from its model, and take the projection heads out of the model."""
         stop_observing(self._model, self._begin_pass)
+        stop_observing(self._model, self._end_pass)
         for module in self._model.modules():
             for collector in self._collectors:
                 stop_observing(module, collector)
@@ -290,18 +298,25 @@ class AttachedPDCR:
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_replica(model)
-        if self._paused or _is_recomputation_or_unreal((args, kwargs)):
-            return
         collects = model.training and torch.is_grad_enabled()
-        if collects and self._samples:
+        self._ran_in_eval = torch.is_grad_enabled() and not model.training
+        if self._paused or not (collects or self._samples or self._used_samples):
+            return
+        if _is_recomputed_or_without_data((args, kwargs)):
+            return
+        if collects and self._samples and not self._in_pass:  # else the pass before has failed
             self._replaced_samples = True
         self._forget()
-        self._ran_in_eval = torch.is_grad_enabled() and not model.training
+        self._in_pass = collects
         self._input_size = _image_size((*args, *kwargs.values()), self.loss.spatial_dims)
 
+    def _end_pass(self, model: nn.Module, output: object) -> None:
+        if self._in_pass and not _is_recomputed_or_without_data(output):
+            self._in_pass = False
+
     def _collect(self, name: str, output: object) -> None:
-        collects = self._model.training and torch.is_grad_enabled()
-        if self._paused or not collects or _is_recomputation_or_unreal(output):
+        collects = self._in_pass and torch.is_grad_enabled()
+        if self._paused or not collects or _is_recomputed_or_without_data(output):
             return
         features = _first_tensor(name, output)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -316,9 +331,10 @@ class AttachedPDCR:
         if missing := [name for name in layers if name not in samples]:
             raise RuntimeError(
                 "pdcr: expected a forward pass of the model in training mode before each call, got none "
-                f"with gradients through the layers {missing}; passes that are paused, in eval mode or under "
-                "no_grad do not count, nor do layers that were replaced after attach_pdcr or are inside a "
-                "reentrant checkpoint (use use_reentrant=False)"
+                f"that sampled the layers {missing}. A later pass in eval mode or under no_grad discards the "
+                "samples: run it before, or inside `with pdcr.paused():`. Nothing is sampled after "
+                "pdcr.remove(), in layers that were replaced after attach_pdcr, and in reentrant checkpoints "
+                "(use use_reentrant=False)"
             )
         return [samples[name] for name in layers]
 
@@ -328,7 +344,11 @@ class AttachedPDCR:
         if expected is None or not isinstance(first, Tensor):
             return
         if tuple(first.shape[-len(expected) :]) != expected:
-            source = "label_size" if self.label_size else "of the model's input"
+            source = "label_size"
+            if self.label_size is None:
+                source = (
+                    "that of the model's input; for a model that resizes it, attach_pdcr takes label_size"
+                )
             _checks.fail("labels", f"spatial shape {expected} ({source})", f"shape {tuple(first.shape)}")
 
     def _warn(self, message: str) -> None:
@@ -337,7 +357,8 @@ class AttachedPDCR:
             _checks.warn(message)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_samples": {}, "_used_samples": {}}
+        flags = dict.fromkeys(("_replaced_samples", "_ran_in_eval", "_in_pass"), False)
+        return {**self.__dict__, **flags, "_samples": {}, "_used_samples": {}, "_paused": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -423,10 +444,10 @@ def _image_size(values: Iterable[object], spatial_dims: int) -> tuple[int, ...] 
     return None
 
 
-def _is_recomputation_or_unreal(values: object) -> bool:
+def _is_recomputed_or_without_data(values: object) -> bool:
     """Whether a checkpoint runs the model again in the backward pass, or it is exported or has no data."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+    if torch.compiler.is_compiling():  # Dynamo takes `is_exporting()` for true in torch 2.11
+        return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if torch._C._current_graph_task_id() != -1:
         return True
     return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(values))

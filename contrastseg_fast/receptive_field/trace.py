@@ -302,7 +302,7 @@ def trace_layers(
             except _READS_VALUES as error:
                 raise RuntimeError(
                     "model: expected one that does not read values of tensors, to branch on them for "
-                    f"instance, got {error}; give the ReceptiveField of its layers by hand"
+                    f"instance, got {error}; attach_pdcr can take receptive_fields instead"
                 ) from error
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(

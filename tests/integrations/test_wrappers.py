@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, load_checkpoint_in_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from conftest import blob_labels
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from contrastseg_fast import attach_pdcr, insert_uafs
 from contrastseg_fast.attach import AttachedPDCR
+from contrastseg_fast.attach.extended import Gate
 
 
 class Net(nn.Module):
@@ -58,8 +60,10 @@ def test_accelerate_prepares_gated_models(precision: str, tolerance: float, tmp_
         assert (parameter.grad - wanted).norm() <= tolerance * wanted.norm() + 1e-4
     optimizer.step()
     accelerator.save_model(run, tmp_path)
-    restored = accelerator.unwrap_model(run)
-    assert list(restored.uafs) == ["enc", "deep"]
+    restored, *_ = prepared()
+    load_checkpoint_in_model(restored, tmp_path)
+    for ours, wanted in zip(restored.uafs.parameters(), model.uafs.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
     if precision == "bf16":  # accelerate has replaced the forward pass of the model
         with pytest.raises(
             ValueError, match="model: expected modules whose forward pass is that of their class"
@@ -89,6 +93,8 @@ def test_peft_adds_to_gated_layers(targets: list[str], saved: list[str] | None) 
     torch.testing.assert_close(tuned(x), expected)
     assert len(tuned.base_model.model.uafs) == 2
     pdcr = attach_pdcr(tuned, [f"base_model.model.{name}" for name in ("enc", "deep")], 2, example_input=x)
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
     tuned.train()
     (tuned(x).square().mean() + pdcr(y)).backward()
     trained = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
@@ -96,6 +102,6 @@ def test_peft_adds_to_gated_layers(targets: list[str], saved: list[str] | None) 
     assert any(".uafs." in name for name in trained) == (saved is not None)
     with torch.no_grad():
         for gate in tuned.modules():
-            if type(gate).__name__ == "Gate":
+            if isinstance(gate, Gate):
                 gate.head[-1].weight.mul_(-3)
     assert not torch.allclose(tuned.eval()(x), expected)
