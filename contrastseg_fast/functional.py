@@ -353,9 +353,7 @@ def nt_xent_loss(
 
 
 def is_checked(x: Tensor) -> bool:
-    """Whether values are checked: not on a GPU, which would synchronise, and not where there are no values:
-    in a graph, and in a batch of `torch.vmap`.
-    """
+    """Whether values are checked: only on the CPU, and not while compiling, without data or in `torch.func`."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -77,9 +77,9 @@ class PDCRLoss(PDCROptions):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a receptive field is infinite and its layer has no `patch_size` or the field no
-            `location`; a receptive field has another number of axes than the others; a number is
-            out of range; a word or layer is unknown; `in_channels` is missing with a projection, or
+        ValueError: a receptive field is infinite, and its layer has no `patch_size` or the field has no
+            `location`; a receptive field has another number of axes than the others; a number is out of
+            range; a word or layer is unknown; `in_channels` is missing with a projection, or
             `projection_channels` is given without one.
 
     Warns:

@@ -13,6 +13,7 @@ from contrastseg_fast import _backend  # noqa: F401  loads the C++ kernels, wher
 
 NAMESPACE = "contrastseg_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_REFERENCE = "backend='reference' of the function or module"
 
 
 def define(
@@ -45,7 +46,7 @@ def register_autograd(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Give an operator its derivative in reverse mode, and an error for the others.
+    """Give an operator its derivative in reverse mode, and an error for other derivatives.
 
     The kernel of `torch.library.register_autograd` drops tangents, so that derivatives in forward mode would
     be 0. The kernel here checks for them first. Compiled graphs do not contain it.
@@ -72,9 +73,6 @@ def forbid_second_derivative(operator: torch._ops.OpOverload, function: str) -> 
     register_autograd(operator, function, backward)
 
 
-_REFERENCE = "backend='reference', of the function or module"
-
-
 def _refuse_transforms(function: str, inputs: Sequence[Any]) -> None:
     """Raise if an operator has inputs with tangents, or is differentiated within `torch.func`."""
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
@@ -83,7 +81,7 @@ def _refuse_transforms(function: str, inputs: Sequence[Any]) -> None:
             f"{function}: forward-mode derivatives (torch.func.jvp and jacfwd, torch.autograd.forward_ad) "
             f"are not implemented; use {_REFERENCE}"
         )
-    within = torch._C._are_functorch_transforms_active()  # of vmap alone, none is left here
+    within = torch._C._are_functorch_transforms_active()  # under vmap alone, its level is gone here
     if within and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(
             f"{function}: derivatives within torch.func (grad, vjp, jacrev) are not implemented; use "

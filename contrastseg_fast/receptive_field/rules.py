@@ -1,5 +1,4 @@
-"""What each operator does to receptive fields; an operator without a rule makes them unbounded, and positions
-unknown.
+"""What each operator does to receptive fields and positions; without a rule both are unknown.
 
 Rules are looked up by the operator's name and take its arguments by name. For an operator that only moves
 elements of one tensor, the rule in `MOVES` returns a function for each result, from the tensor's field to the

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("accelerate", reason="needs the extra integrations")
+pytest.importorskip("peft", reason="needs the extra integrations")
 from accelerate import Accelerator, load_checkpoint_in_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
