@@ -353,7 +353,7 @@ def nt_xent_loss(
 
 
 def is_checked(x: Tensor) -> bool:
-    """Whether values are checked: only on the CPU, and not while compiling, without data or in `torch.func`."""
+    """Whether values are checked: on the CPU only, not while compiling, without data or in `torch.func`."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -785,7 +785,8 @@ def train_half(rank: int, folder: Path) -> None:
             pdcr = attached(model)
             if wrap == "fsdp of each child":
                 for child in model.children():
-                    fully_shard(child)
+                    if not isinstance(child, nn.ModuleDict):  # refused by torch 2.11
+                        fully_shard(child)
             parallel = (
                 fully_shard(model) if wrap.startswith("fsdp") else nn.parallel.DistributedDataParallel(model)
             )
