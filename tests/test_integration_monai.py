@@ -56,6 +56,32 @@ def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("network", ["UNet", "DynUNet"])  # compiling takes long
+def test_compiled_after_the_network_without_gates(network: str) -> None:
+    """The baseline first and the gated network second, in one process, as one compares them."""
+    torch.compiler.reset()
+    x, y = batch(2, 64)
+    baseline, model = NETWORKS[network](2), NETWORKS[network](2)
+    torch.compile(baseline, backend="aot_eager")(x)
+    insert_uafs(model, BY_NAME[network], 3, example_input=x, norm="instance")
+    pdcr = attach_pdcr(model, BY_NAME[network], 3, example_input=x, num_samples=100, patch_size=7)
+    eager, eager_pdcr = copy.deepcopy((model, pdcr))
+    compiled = torch.compile(model, backend="aot_eager")
+    losses = []
+    for run, regularizer in ((compiled, pdcr), (eager, eager_pdcr)):
+        output = run(x)
+        finest = output if isinstance(output, Tensor) else output[0]
+        losses.append(finest.square().mean() + regularizer(y))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in model.uafs.parameters())
+    with torch.no_grad():
+        outputs = [run.eval()(x) for run in (compiled, eager)]
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+        remove_uafs(eager)
+        assert normwise_error(outputs[0], eager(x)) > 1e-3
+
+
 def test_sliding_windows_take_gates_and_collect_nothing() -> None:
     model = NETWORKS["BasicUNet"](2)
     x, y = batch(2, 64)

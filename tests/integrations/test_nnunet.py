@@ -30,6 +30,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from contrastseg_fast import reference
+from contrastseg_fast.attach import remove_uafs
 from contrastseg_fast.integrations.nnunet import trainer_folder, trainers
 
 # What a user writes; nnU-Net itself sets the numbers of epochs and iterations in __init__.
@@ -517,6 +518,29 @@ def test_patterns_take_stages(root: Path) -> None:
     trainer.initialize()
     assert list(trainer.pdcr.loss.receptive_fields) == [f"decoder.stages.{k}" for k in range(3)]
     assert list(trainer.network.uafs) == [f"encoder.stages.{k}" for k in range(4)]
+
+
+def test_compiled_after_the_network_without_gates(root: Path) -> None:
+    torch.compiler.reset()
+    x = torch.randn(2, 1, 40, 40)
+    plain, gated = make_trainer(1, "nnUNetTrainer"), derived(root, trainers.nnUNetTrainerPDCRUAFS)
+    for trainer in (plain, gated):
+        trainer.initialize()
+    torch.compile(plain.network, backend="aot_eager")(x)
+    compiled = torch.compile(gated.network, backend="aot_eager")
+    labels = torch.randint(3, (2, 1, 40, 40))
+    values = []
+    for run in (compiled, gated.network):
+        torch.testing.assert_close(run(x), gated.network(x), rtol=1e-3, atol=1e-4)
+        run(x)
+        values.append(gated.pdcr(labels))
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        gated.network.eval()
+        expected = gated.network(x)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-4)
+        remove_uafs(gated.network)
+        assert not torch.allclose(gated.network(x)[0], expected[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("ignore", [False, True])
