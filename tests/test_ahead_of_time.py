@@ -38,8 +38,8 @@ STACKS = {
 }
 STACKS_OF_CARDS = {(100, "pdcr_bwd_kernel"): 16}  # of four classes and 256 channels
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    # Triton 3.6 spills where 3.9 does not: a few slabs of fp32, and tiles of 128 x 128 on sm_100.
-    STACKS |= {"pdcr_pairs_kernel": 8}
+    # Triton 3.6 spills where 3.9 does not: a few slabs of fp32, and tiles of 128 x 128 on sm_100; 3.8 sums.
+    STACKS |= {"pdcr_pairs_kernel": 8, "running_sum_kernel": 8}
     STACKS_OF_CARDS |= {(100, "pdcr_fwd_kernel"): 120}
 # Asynchronous copies to shared memory, 16 bytes each.
 COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
