@@ -1,0 +1,202 @@
+"""`python -m benchmarks.model`: PDCR's time on an H100, reckoned from counts, and the launches to choose.
+
+A tile of the kernels over pairs is a product on the tensor cores, then instructions for every pair. Within
+one block the two follow each other; several blocks on a multiprocessor overlap. In cycles of one of them:
+
+    alone    = tensor + instructions / (4 a cycle * share of them that the warps of one block fill) + stall
+    together = max(alone / blocks, tensor, instructions / 4, exponentials / 16, bytes / L2 rate)
+
+Instructions come from the compiled loops (Triton 3.6, sm_90), the constants of the card from the counters and
+the sweep of one H100. `MEASURED_KERNELS` are those of commit db56307, which ran there; `NOW` are those of
+today, which no card has run.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+PROCESSORS = 132
+CLOCK = 1750.0  # cycles a microsecond
+LAUNCH = 2.2  # microseconds between two kernels of a graph
+SMALL = 3.0  # microseconds of a kernel that does next to nothing, launch included
+DRAM = 3.0e6  # bytes a microsecond
+L2 = 4.0e6 / PROCESSORS / CLOCK  # bytes a cycle of one multiprocessor, as the 64 x 64 tiles reached
+TENSOR = 2048  # multiplications and additions of 16-bit numbers a cycle, counted together: 4096 flops
+ISSUE = 4
+EXPONENTIALS = 16
+FILLED = {1: 0.55, 2: 0.92}  # share of issue slots, by warps of one block on each of the four schedulers
+START = 2000  # cycles from a program's start to its first product, and from its last to its end
+SPLIT_ROWS = 2  # own rows are written and read again by a kernel that sums split columns
+
+
+class Tile(NamedTuple):
+    """A launch of a kernel over pairs and what its compiled loop takes."""
+
+    rows: int  # that a program owns, in shared memory all along
+    columns: int  # rows that stream past them
+    warps: int
+    stages: int
+    blocks: int  # that fit a multiprocessor
+    instructions: float  # for a pair, with one class
+    per_class: float  # for a pair, for each further class
+    stall: float  # cycles per tile for loads, barriers and atomics; fitted where measured
+
+
+class Design(NamedTuple):
+    """The kernels of one version, by pass."""
+
+    tiles: dict[str, dict[int, tuple[Tile, ...]]]  # by pass and padded width
+    small_kernels: dict[str, int]  # besides the one over pairs
+    row_time: dict[str, float]  # microseconds for every 1024 rows in the small kernels
+    splits: tuple[int, ...]  # of columns over programs, backward
+
+
+class Launch(NamedTuple):
+    """The choice for a size."""
+
+    tile: Tile
+    splits: int
+    microseconds: float  # of the kernel over pairs, and of summing what was split
+
+
+MEASURED_KERNELS = Design(
+    tiles={
+        "forward": {
+            64: (Tile(128, 128, 8, 3, 1, 16.7, 2.3, 3800), Tile(64, 64, 4, 2, 3, 18.5, 2.3, 950)),
+            256: (Tile(128, 128, 8, 2, 1, 18.2, 2.3, 3800), Tile(64, 64, 4, 2, 2, 21.4, 2.3, 950)),
+        },
+        "backward": {
+            64: (Tile(128, 128, 8, 3, 1, 15.0, 2.3, 50), Tile(64, 64, 4, 2, 2, 16.0, 2.3, 50)),
+            256: (Tile(128, 64, 8, 3, 1, 16.7, 2.3, 50), Tile(64, 64, 4, 2, 2, 16.5, 2.3, 50)),
+        },
+    },
+    small_kernels={"forward": 5, "backward": 5},
+    row_time={"forward": 2.2, "backward": 2.0},
+    splits=(1,),
+)
+NOW = Design(
+    tiles={
+        "forward": {
+            64: (Tile(64, 64, 4, 3, 3, 11.4, 2.1, 200),),
+            128: (Tile(64, 64, 4, 2, 3, 11.7, 2.2, 200), Tile(128, 64, 8, 2, 1, 11.5, 2.4, 300)),
+            256: (Tile(64, 64, 4, 2, 2, 13.5, 2.2, 200), Tile(128, 64, 8, 2, 1, 13.8, 2.4, 300)),
+        },
+        "backward": {
+            64: (Tile(64, 64, 4, 3, 3, 16.0, 2.3, 50), Tile(128, 128, 8, 3, 1, 15.0, 2.3, 50)),
+            128: (Tile(64, 64, 4, 2, 2, 16.0, 2.3, 50), Tile(128, 128, 8, 2, 1, 15.0, 2.3, 50)),
+            256: (Tile(64, 64, 4, 2, 2, 16.5, 2.3, 50), Tile(128, 64, 8, 3, 1, 16.7, 2.3, 50)),
+        },
+    },
+    small_kernels={"forward": 1, "backward": 1},
+    row_time={"forward": 0.4, "backward": 0.4},
+    splits=(1, 2, 4, 8),
+)
+
+
+def cycles(tile: Tile, width: int, classes: int, products: int, blocks: int) -> float:
+    """Cycles of a multiprocessor for one tile, with that many blocks on it."""
+    pairs = tile.rows * tile.columns
+    tensor = products * pairs * width / TENSOR
+    slots = pairs / 32 * (tile.instructions + (classes - 1) * tile.per_class) / ISSUE
+    issued = slots / FILLED[tile.warps // ISSUE]
+    alone = tensor + issued + tile.stall
+    traffic = tile.columns * width * 2 / L2  # streamed rows; own rows are read once
+    return max(alone / blocks, tensor, slots, pairs / EXPONENTIALS, traffic)
+
+
+def kernel_time(
+    tile: Tile, splits: int, batch: int, count: int, width: int, classes: int, products: int
+) -> float:
+    """Microseconds of the kernel over pairs. One product: forward, every pair once; two: whole rows."""
+    row_tiles, column_tiles = ceil(count / tile.rows), ceil(count / tile.columns)
+    if products == 1:
+        tiles = batch * row_tiles * (column_tiles + tile.rows // tile.columns) / 2
+        programs = min(tiles, max(8 * PROCESSORS, tiles / 16))
+    else:
+        tiles, programs = batch * row_tiles * column_tiles, batch * row_tiles * splits
+    slots = PROCESSORS * tile.blocks
+    together = min(tile.blocks, ceil(programs / PROCESSORS))
+    length = ceil(tiles / programs)  # tiles of one program
+    full, rest = divmod(ceil(programs), slots)
+    waves = [together] * full + ([ceil(rest / PROCESSORS)] if rest else [])
+    busy = sum(length * blocks * cycles(tile, width, classes, products, blocks) + START for blocks in waves)
+    if products == 1:  # programs of unequal length fill each other's gaps
+        even = tiles * cycles(tile, width, classes, 1, together) / PROCESSORS + START * programs / slots
+        busy = min(busy, max(even, length * cycles(tile, width, classes, 1, 1) + START))
+    return LAUNCH + busy / CLOCK
+
+
+def best_launch(
+    batch: int, count: int, width: int, classes: int, direction: str, design: Design = NOW
+) -> Launch:
+    """The launch that should be fastest for B images of N vectors; `direction` is forward or backward."""
+    by_width = design.tiles[direction]
+    tiles = by_width[min(entry for entry in by_width if entry >= width)]
+    products = {"forward": 1, "backward": 2}[direction]
+    launches = []
+    for tile in tiles:
+        for splits in design.splits if products == 2 else (1,):
+            if splits > ceil(count / tile.columns):
+                continue
+            time = kernel_time(tile, splits, batch, count, width, classes, products)
+            if splits > 1:  # written to the L2 cache or memory, and read by the last kernel
+                time += (splits - 1) * SPLIT_ROWS * batch * count * width * 4 / DRAM
+            launches.append(Launch(tile, splits, time))
+    return min(launches, key=lambda launch: launch.microseconds)
+
+
+def predict(batch: int, count: int, width: int, classes: int, direction: str, design: Design = NOW) -> float:
+    """Microseconds of one pass: the kernel over pairs and the small ones around it."""
+    launch = best_launch(batch, count, width, classes, direction, design)
+    rows = design.row_time[direction] * count / 1024 * max(1.0, batch * width / 256 / 4)
+    return launch.microseconds + design.small_kernels[direction] * SMALL + rows
+
+
+# Batch, N, C: microseconds forward and backward of the best measured launches (two classes, bf16).
+MEASURED = {
+    (1, 256, 256): (22.2, 28.6),
+    (1, 4096, 256): (54.8, 102.0),
+    (1, 16384, 256): (355.6, 535.9),
+    (8, 1024, 256): (41.2, 49.2),
+    (8, 1024, 64): (27.0, 29.1),
+}
+COMPILED = {
+    (1, 128, 64): 19,
+    (1, 1024, 64): 29,
+    (8, 1024, 256): 138,
+    (1, 4096, 256): 169,
+    (1, 16384, 256): 2301,
+}
+
+
+def main() -> None:
+    print("| B, N, C | measured | reckoned |\n|---|---|---|")
+    for (batch, count, width), measured in MEASURED.items():
+        reckoned = [predict(batch, count, width, 2, way, MEASURED_KERNELS) for way in ("forward", "backward")]
+        print(
+            f"| {batch}, {count}, {width} | {measured[0]} + {measured[1]} "
+            f"| {reckoned[0]:.0f} + {reckoned[1]:.0f} |"
+        )
+    print("\n| B, N, C | forward: tile | us | backward: tile, splits | us | both | torch.compile |")
+    print("|---|---|---|---|---|---|---|")
+    for width in (64, 256):
+        for batch in (1, 8):
+            for count in (128, 256, 512, 1024, 2048, 4096, 16384):
+                cells = []
+                for direction in ("forward", "backward"):
+                    tile, splits, _ = best_launch(batch, count, width, 2, direction)
+                    time = predict(batch, count, width, 2, direction)
+                    cells.append(
+                        (f"{tile.rows} x {tile.columns} x {tile.warps} x {tile.stages}", splits, time)
+                    )
+                (one, _, forward), (two, splits, backward) = cells
+                peer = COMPILED.get((batch, count, width), "")
+                print(
+                    f"| {batch}, {count}, {width} | {one} | {forward:.0f} | {two}, {splits} | {backward:.0f} "
+                    f"| {forward + backward:.0f} | {peer} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The model of PDCR's time on an H100: against what was measured, and what it chooses."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.model import CLOCK, MEASURED, MEASURED_KERNELS, NOW, PROCESSORS, best_launch, predict
+
+SIZES = [(batch, count) for batch in (1, 8) for count in (128, 1024, 16384)]
+DIRECTIONS = ("forward", "backward")
+SHARED_MEMORY = 227 * 1024
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_measured_times_are_reproduced_within_a_fifth(size):
+    for direction, measured in zip(DIRECTIONS, MEASURED[size], strict=True):
+        assert predict(*size, 2, direction, MEASURED_KERNELS) == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_more_work_never_takes_less_time(width, direction):
+    for batch, count in SIZES:
+        time = predict(batch, count, width, 2, direction)
+        assert time <= predict(batch, 2 * count, width, 2, direction)
+        assert time <= predict(2 * batch, count, width, 2, direction)
+        assert time <= predict(batch, count, width, 4, direction)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("count", [4096, 16384])
+def test_no_prediction_is_faster_than_the_tensor_cores(count, direction):
+    flops = {"forward": 1, "backward": 4}[direction] * count**2 * 256
+    assert predict(1, count, 256, 2, direction) > flops / (4096 * PROCESSORS * CLOCK)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tiles_fit_the_shared_memory_as_often_as_they_claim(direction):
+    for width, tiles in NOW.tiles[direction].items():
+        for tile in tiles:
+            rows = tile.rows + tile.stages * tile.columns
+            assert tile.blocks * rows * width * 2 <= SHARED_MEMORY
+
+
+def test_columns_are_split_where_row_tiles_are_few_and_only_there():
+    assert best_launch(1, 1024, 256, 2, "backward").splits > 1
+    assert best_launch(1, 16384, 256, 2, "backward").splits == 1
+    assert best_launch(1, 1024, 256, 2, "backward").microseconds < 0.6 * (
+        best_launch(1, 1024, 256, 2, "backward", NOW._replace(splits=(1,))).microseconds
+    )
