@@ -115,8 +115,8 @@ OPERATION = Operation(
             "torch.compile", _compiled, bytes_needed=lambda size: 2 * size.feature_bytes, compiles=True
         ),
         Implementation(
-            "ours in Triton",
-            _with_gradients(partial(functional.entropy_gate, backend="triton")),
+            "ours in CUDA",
+            _with_gradients(partial(functional.entropy_gate, backend="cuda")),
             devices=("cuda",),
         ),
         Implementation("copying the bytes that must move", _copies, yardstick=True, weighed=False),

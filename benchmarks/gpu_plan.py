@@ -9,7 +9,7 @@ from benchmarks.operation import OURS, Case
 
 _PEERS = (
     *("forward alone", "three products", pdcr.COMPILED_16_BIT),
-    *("ours in Triton", "one read of the labels"),
+    *("ours in CUDA", "one read of the labels"),
 )
 
 
@@ -39,12 +39,8 @@ LARGEST: tuple[Case, ...] = (_narrowed(replace(registry.GPU_LARGE, graph=False),
 PARTS = {"nine-minutes": NINE_MINUTES, "largest": LARGEST}
 
 # What the sweep launches in many ways.
-SWEEP: tuple[pdcr.Size, ...] = (
-    pdcr.Size(1024, 64, dtype="bf16", batch=8),
-    pdcr.Size(1024, 256, dtype="bf16", batch=8),
-    pdcr.Size(1024, 256, classes=4, dtype="bf16", batch=8),
-    pdcr.Size(4096, 256, dtype="bf16"),
-    pdcr.Size(16384, 256, dtype="bf16"),
-    pdcr.Size(16384, 256, "mask", dtype="bf16"),
-    pdcr.Size(16384, 256, "mask", 5, "bf16"),
+SWEEP: tuple[pdcr.Size, ...] = tuple(
+    pdcr.Size(count, channels, dtype="bf16", batch=batch)
+    for channels in (64, 256)
+    for count, batch in ((128, 1), (256, 1), (1024, 1), (1024, 8), (4096, 1), (16384, 1))
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ def _calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "entropy_gate, channels_last": lambda: _gate(device, dtype, torch.channels_last),
         "foreground_ratio": lambda: _ratios(device),
         "PDCRLoss": lambda: _call(device, dtype),
+        "PDCRLoss, pairs across images": lambda: _call(
+            device, dtype, pairs="batch", patch_sizes=(5, 13), sampler="random"
+        ),
     }
 
 
@@ -64,8 +68,8 @@ def _ratios(device: str) -> None:
         functional.foreground_ratio(labels, starts.flip(0) - 3, size, 4, border="clip", ignore_index=1)
 
 
-def _call(device: str, dtype: torch.dtype) -> None:
-    """Two layers: vectors are gathered, and their gradients put back."""
+def _call(device: str, dtype: torch.dtype, **options: Any) -> None:
+    """Two layers, from maps to their gradients."""
     fields = [
         ReceptiveField((field,) * 2, (stride,) * 2, (-(field // 2),) * 2)
         for stride, field in ((2, 7), (4, 19))
@@ -74,7 +78,9 @@ def _call(device: str, dtype: torch.dtype) -> None:
         torch.randn(2, channels, 64 // stride, 96 // stride, device=device, dtype=dtype, requires_grad=True)
         for channels, stride in ((17, 2), (40, 4))
     ]
-    PDCRLoss(fields, 3, num_samples=150)(maps, torch.randint(3, (2, 64, 96), device=device)).backward()
+    PDCRLoss(fields, 3, num_samples=150, **options)(
+        maps, torch.randint(3, (2, 64, 96), device=device)
+    ).backward()
 
 
 def profiled(device: str) -> None:

@@ -157,9 +157,9 @@ class _ChunkedLoss(torch.autograd.Function):
             include_background=True,
             variant="paper",
         )
-        ctx.options = (None, [*affinity])
-        loss, log_z = op._forward(vectors, ratios, *ctx.options)
-        ctx.save_for_backward(log_z, vectors, ratios)
+        ctx.options = ([*affinity], "mean")
+        loss, log_z, *saved = op._forward(vectors, ratios, None, *ctx.options)
+        ctx.save_for_backward(log_z, vectors, ratios, None, *saved)
         return loss
 
     @staticmethod
@@ -168,7 +168,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunked(vectors: Tensor, ratios: Tensor) -> Tensor:
-    return _ChunkedLoss.apply(vectors, ratios).mean()
+    return _ChunkedLoss.apply(vectors, ratios)
 
 
 def _keops(size: Size, inputs: Inputs) -> Run:

@@ -144,7 +144,7 @@ GPU_TWO_CLASS_MASK = _on_gpu(pdcr.Size(16384, ratios="mask", dtype="bf16"))
 GPU_LARGE = _on_gpu(pdcr.Size(131072, dtype="bf16"), compiled=True, flex=True)
 GPU_CALLS = tuple(
     Case(call.OPERATION, call.Size(samples), "cuda", without=("torch.compile",), graph=True)
-    for samples in (1024, 256)
+    for samples in (1024, 256, 128)
 )
 GPU_RATIOS = Case(ratios.OPERATION, ratios.Size(), "cuda", graph=True)
 

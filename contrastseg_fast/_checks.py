@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+RATIO_TOLERANCE = 1e-4
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -123,3 +124,17 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
     """Check that two tensors are on one device."""
     if value.device != other.device:
         fail(name, f"device {other.device}, where {other_name} is", value.device)
+
+
+def check_ratio_sum(ratios: Tensor, class_distance: str) -> None:
+    """Check that ratios do not sum above 1, except for `class_distance="mean"`.
+
+    Raises:
+        ValueError: they do, as those of multi-hot labels may.
+    """
+    if class_distance != "mean" and (total := ratios.sum(-1).max().item()) > 1 + RATIO_TOLERANCE:
+        fail(
+            "ratios",
+            f"a sum of at most 1 for class_distance={class_distance!r} (multi-hot labels need 'mean')",
+            f"a sum of {total:g}",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,21 +15,6 @@ from contrastseg_fast.receptive_field import ReceptiveField
 PatchSize = int | Sequence[int] | Mapping[Any, int | Sequence[int]] | None
 
 _UNUSED_LABEL = -(2**15)  # marks masked pixels; exact in every floating dtype
-
-
-class PatchContents(NamedTuple):
-    """What the labels hold in the patches of a set of vectors.
-
-    Attributes:
-        ratios: `(B, N, M)`.
-        valid: which vectors make pairs `(B, N)`, bool.
-        inside: the ratios over the patches' parts inside the image `(B, N, M)`, where these are needed, else
-            `ratios`.
-    """
-
-    ratios: Tensor
-    valid: Tensor
-    inside: Tensor
 
 
 class LabelMap(NamedTuple):
@@ -141,16 +125,3 @@ def check_resolution(
                 f"about {span / grid.unit:.0f} pixels along spatial axis {axis}",
                 f"shape {tuple(label_shape)}",
             )
-
-
-def without_homogeneous(valid: Tensor, inside: Tensor) -> Tensor:
-    """`valid` without the images whose valid patches all look alike.
-
-    Only the parts inside the image are compared: a patch at the rim may differ from one in the middle by what
-    lies outside alone.
-    """
-    if valid.shape[1] == 0:
-        return valid
-    least = inside.masked_fill(~valid[..., None], math.inf).amin(1)
-    most = inside.masked_fill(~valid[..., None], -math.inf).amax(1)
-    return valid & (least < most).any(-1, keepdim=True)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastseg_fast import _checks, functional, sampling, unchecked
-from contrastseg_fast.affinity import select_compared
-from contrastseg_fast.ops import _dispatch, foreground_ratio, gather, pdcr
-from contrastseg_fast.patches import (
-    PatchContents,
-    check_resolution,
-    first_label_map,
-    prepare_labels,
-    without_homogeneous,
-)
+from contrastseg_fast.call_plan import CallPlan, LayerPlan
+from contrastseg_fast.ops import _dispatch, foreground_ratio, gather, pdcr, pdcr_call
+from contrastseg_fast.patches import check_resolution, first_label_map, prepare_labels
 from contrastseg_fast.pdcr_options import LayerSamples, PDCROptions
 from contrastseg_fast.projection import Layer
 
@@ -95,6 +90,20 @@ class PDCRLoss(PDCROptions):
         >>> loss.backward()
     """
 
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor] | Mapping[Any, Tensor],
+        labels: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        maps = dict(zip(self.receptive_fields, self.in_layer_order(features), strict=True))
+        if self.projections is not None or self.backend == "reference":
+            return self.loss([self.sample(x, layer) for layer, x in maps.items()], labels, mask)
+        places = {layer: self.place(x, layer) for layer, x in maps.items()}
+        return self._call(maps, places, True, labels, mask)
+
+    forward.__doc__ = PDCROptions.forward.__doc__
+
     def sample(self, features: Tensor, layer: Layer) -> LayerSamples:
         """Take vectors out of one layer's feature map `(B, C, *spatial)`; the map itself is not kept.
 
@@ -121,7 +130,7 @@ class PDCRLoss(PDCROptions):
         backend = "auto" if self.backend == "cpu" else self.backend  # plain PyTorch gathers on the CPU
         if backend not in ("auto", "reference"):
             _dispatch.check(gather.OPERATION, backend, features)
-        return LayerSamples(layer, sampling.gather_at(features, places.positions, backend), places)
+        return LayerSamples(layer, sampling.gather_at(features, places, backend), places)
 
     def loss(
         self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None = None
@@ -146,18 +155,14 @@ class PDCRLoss(PDCROptions):
             >>> pdcr.loss(samples, torch.zeros(1, 6, 6, dtype=torch.long))
             tensor(-0.6137)
         """
-        pair, background, losses = self.pair, self.counts_background, []
-        for vectors, sizes in self._sets(samples, labels, mask):
-            by_size = []
-            for contents in sizes:
-                compared = select_compared(contents.ratios, self.affinity, background)
-                valid = contents.valid
-                by_size.append(
-                    unchecked.pdcr_loss(vectors, compared, valid, pair, self.reduction, self.backend)
-                )
-            losses.append(_mean(by_size))
-        stacked = torch.stack(losses, -1)
-        return stacked if self.reduction == "none" else stacked.mean()
+        vectors, places = self._sampled(samples)
+        if self.backend != "reference":
+            return self._call(vectors, places, False, labels, mask)
+        plan, problems = self._problems(vectors, places, labels, mask)
+        losses = [unchecked.pdcr_loss(*each, self.pair, self.reduction, self.backend) for each in problems]
+        if self.reduction == "none":
+            return self._by_image(torch.cat(losses), plan)
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def repelled_fraction(
@@ -182,103 +187,122 @@ class PDCRLoss(PDCROptions):
             >>> pdcr.repelled_fraction(samples, torch.zeros(1, 6, 6, dtype=torch.long))
             tensor([[0.]])
         """
-        pair, background, fractions = self.pair, self.counts_background, []
-        for vectors, sizes in self._sets(samples, labels, mask):
-            by_size = []
-            for contents in sizes:
-                compared = select_compared(contents.ratios, self.affinity, background)
-                by_size.append(
-                    unchecked.repelled_fraction(vectors, compared, contents.valid, pair, self.backend)
-                )
-            fractions.append(_mean(by_size))
-        return torch.stack(fractions, -1)
+        plan, problems = self._problems(*self._sampled(samples), labels, mask)
+        fractions = [unchecked.repelled_fraction(*each, self.pair, self.backend) for each in problems]
+        return self._by_image(torch.cat(fractions), plan)
 
-    def _sets(
-        self, samples: Iterable[LayerSamples], labels: Tensor | Sequence[Tensor], mask: Tensor | None
-    ) -> list[tuple[Tensor, list[PatchContents]]]:
-        """The vectors `(B, N, C)` that make pairs, and the contents of their patches of each size."""
+    def _sampled(
+        self, samples: Iterable[LayerSamples]
+    ) -> tuple[dict[Layer, Tensor], dict[Layer, sampling.Places]]:
+        """The vectors `(B, N, C)` of every layer, behind their heads, and where they lay."""
         by_layer = {sample.layer: sample for sample in samples}
-        vector_sets = self.sampled_sets(by_layer)
-        contents = self._count(by_layer, first_label_map(labels), mask)
         vectors = {layer: self.project(sample.vectors, layer) for layer, sample in by_layer.items()}
-        sets = []
-        for layers in vector_sets:
-            if len(layers) == 1 and self.pairs == "image":
-                of_set, sizes = vectors[layers[0]], [held[layers[0]] for held in contents]
-            else:
-                of_set = self._merge(_equally_wide(layers, vectors))
-                sizes = []
-                for held in contents:
-                    parts = zip(*[held[layer] for layer in layers], strict=True)
-                    sizes.append(PatchContents(*map(self._merge, parts)))
-            if self.skip_homogeneous:
-                sizes = [c._replace(valid=without_homogeneous(c.valid, c.inside)) for c in sizes]
-            sets.append((of_set, sizes))
-        return sets
+        return vectors, {layer: sample.places for layer, sample in by_layer.items()}
 
-    def _count(
-        self, by_layer: dict[Layer, LayerSamples], labels: Tensor, mask: Tensor | None
-    ) -> list[dict[Layer, PatchContents]]:
-        """What the patches of each size hold, by layer."""
+    def _call(
+        self,
+        features: Mapping[Layer, Tensor],
+        places: Mapping[Layer, sampling.Places],
+        are_maps: bool,
+        labels: Tensor | Sequence[Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The loss of maps, or of vectors that were taken out of them."""
+        plan, label_map, positions = self._plan(features, places, are_maps, labels, mask)
+        loss, _ = pdcr_call.pdcr_call_forward(
+            list(features.values()),
+            positions,
+            label_map,
+            plan.numbers,
+            [*self.pair],
+            self.min_valid_fraction,
+            self.backend,
+        )
+        return self._by_image(loss, plan) if self.reduction == "none" else loss
+
+    def _problems(
+        self,
+        vectors: Mapping[Layer, Tensor],
+        places: Mapping[Layer, sampling.Places],
+        labels: Tensor | Sequence[Tensor],
+        mask: Tensor | None,
+    ) -> tuple[CallPlan, list[pdcr_call.ProblemTensors]]:
+        """The vectors that make pairs, with the contents of their patches of each size."""
+        plan, label_map, positions = self._plan(vectors, places, False, labels, mask)
+        problems = pdcr_call.make_problems(
+            list(vectors.values()),
+            positions,
+            label_map,
+            plan,
+            self.min_valid_fraction,
+            self.backend,
+            unchecked.foreground_ratio,
+        )
+        return plan, problems
+
+    def _plan(
+        self,
+        features: Mapping[Layer, Tensor],
+        places: Mapping[Layer, sampling.Places],
+        are_maps: bool,
+        labels: Tensor | Sequence[Tensor],
+        mask: Tensor | None,
+    ) -> tuple[CallPlan, Tensor, list[Tensor]]:
+        """Check the call; returns its plan, the label map, and positions of layers that follow no plan."""
+        sets = self.sampled_sets(features)
+        labels = first_label_map(labels)
         label_map = prepare_labels(labels, mask, self.spatial_dims, self.num_classes, self.ignore_index)
-        labels = label_map.labels
-        for layer, sample in by_layer.items():
-            _checks.same_device("labels", labels, f"features[{layer!r}]", sample.vectors)
-            if labels.shape[0] != sample.vectors.shape[0]:
-                batch = sample.vectors.shape[0]
-                _checks.fail("labels", f"a batch of {batch}, that of the features", labels.shape[0])
-            label_shape, map_shape = labels.shape[-self.spatial_dims :], sample.places.spatial_shape
+        self._check_layers(features, places, label_map.labels)
+        for layers in sets:
+            if len(layers) > 1:
+                _check_channels({layer: features[layer].shape[1 if are_maps else 2] for layer in layers})
+        nothing = label_map.labels.new_empty(0, dtype=torch.int64)
+        positions = [nothing if place.plan is not None else place.positions for place in places.values()]
+        sum_checked = label_map.soft and functional.is_checked(label_map.labels)
+        plan = CallPlan(
+            layers=tuple([LayerPlan(place.spatial_shape, place.plan, are_maps) for place in places.values()]),
+            patches=tuple([tuple([of_size[layer] for layer in places]) for of_size in self.planned_patches]),
+            sets=tuple([tuple(map([*places].index, layers)) for layers in sets]),
+            merged=self.pairs == "batch",
+            num_classes=max(self.num_classes, 2),
+            border=self.border,
+            ignore_index=label_map.ignore_index,
+            skip_homogeneous=self.skip_homogeneous,
+            affinity=self.affinity,
+            include_background=self.counts_background,
+            reduction=self.reduction,
+            checked_distance=self.class_distance if sum_checked else "mean",
+        )
+        return plan, label_map.labels.detach(), positions  # constants, in forward mode too
+
+    def _check_layers(
+        self, features: Mapping[Layer, Tensor], places: Mapping[Layer, sampling.Places], labels: Tensor
+    ) -> None:
+        """Check that the labels belong to the layers, and that an explicit backend can serve both."""
+        for layer, x in features.items():
+            _checks.same_device("labels", labels, f"features[{layer!r}]", x)
+            if labels.shape[0] != x.shape[0]:
+                _checks.fail("labels", f"a batch of {x.shape[0]}, that of the features", labels.shape[0])
+            label_shape, map_shape = labels.shape[-self.spatial_dims :], places[layer].spatial_shape
             check_resolution(self.receptive_fields[layer], map_shape, label_shape, layer)
-            if self.backend not in ("auto", "reference"):
-                self._check_backend(sample.vectors, labels, layer)
-        contents: list[dict[Layer, PatchContents]] = []
-        with_inside = self.skip_homogeneous and self.border != "clip"  # whose ratios are those inside
-        for patches in self.patches_by_size:
-            contents.append({})
-            for layer, sample in by_layer.items():
-                patch = patches[layer]
-                ratios, valid_fraction, inside = unchecked.foreground_ratio(
-                    labels,
-                    sample.places.starts(patch),
-                    patch.size,  # type: ignore[arg-type]  # finite
-                    max(self.num_classes, 2),
-                    self.border,
-                    label_map.ignore_index,
-                    with_inside,
-                    self.backend,
-                )
-                if label_map.soft and functional.is_checked(ratios) and ratios.numel() > 0:
-                    functional.check_ratio_sum(ratios, self.class_distance)
-                valid = valid_fraction >= self.min_valid_fraction
-                contents[-1][layer] = PatchContents(ratios, valid, inside if with_inside else ratios)
-        return contents
+            if self.backend in ("auto", "reference"):
+                continue
+            _dispatch.check(pdcr.OPERATION, self.backend, x, pdcr.refused_by_triton(x))
+            for patches in self.patches_by_size:
+                size = patches[layer].size
+                refused = foreground_ratio.refused_by_triton(labels, size)  # type: ignore[arg-type]
+                _dispatch.check(foreground_ratio.OPERATION, self.backend, labels, refused)
 
-    def _check_backend(self, vectors: Tensor, labels: Tensor, layer: Layer) -> None:
-        """Check that an explicit backend can count the patches and compute the loss of a layer."""
-        _dispatch.check(pdcr.OPERATION, self.backend, vectors, pdcr.refused_by_triton(vectors))
-        for patches in self.patches_by_size:
-            size = patches[layer].size
-            refused = foreground_ratio.refused_by_triton(labels, size)  # type: ignore[arg-type]
-            _dispatch.check(foreground_ratio.OPERATION, self.backend, labels, refused)
-
-    def _merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """One set of `(B, N, ...)` of several layers' parts, and of all images as if they were one."""
-        merged = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
-        return merged.flatten(0, 1)[None] if self.pairs == "batch" else merged
+    def _by_image(self, numbers: Tensor, plan: CallPlan) -> Tensor:
+        """The numbers of all problems as `(B, sets)`, averaged over the sizes."""
+        return numbers.view(len(plan.sets), len(plan.patches), -1).mean(1).mT
 
 
-def _mean(by_size: list[Tensor]) -> Tensor:
-    """The mean over the sizes of patches, without a copy of a single one."""
-    return by_size[0] if len(by_size) == 1 else torch.stack(by_size).mean(0)
-
-
-def _equally_wide(layers: Sequence[Layer], vectors: Mapping[Layer, Tensor]) -> list[Tensor]:
-    """The vectors of layers that make pairs with each other, which need equal channels."""
-    channels = {layer: vectors[layer].shape[-1] for layer in layers}
+def _check_channels(channels: Mapping[Layer, int]) -> None:
+    """Check that layers whose vectors make pairs with each other have equal channels."""
     if len(set(channels.values())) > 1:
         _checks.fail(
             "cross_layers",
             "layers with equal channels, or projection='linear' or 'mlp' to a common width",
             f"the channels {channels}",
         )
-    return [vectors[layer] for layer in layers]

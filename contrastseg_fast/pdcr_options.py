@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from contrastseg_fast import _checks, functional, sampling
 from contrastseg_fast import affinity as pair_scores
 from contrastseg_fast.affinity import Affinity
+from contrastseg_fast.call_plan import Patches
 from contrastseg_fast.ops import pdcr
 from contrastseg_fast.patches import PatchSize, patches_by_size
 from contrastseg_fast.projection import (
@@ -59,6 +60,7 @@ class PDCROptions(nn.Module):
         spatial_dims: number of spatial axes.
         patches_by_size: the patches of every layer, for each size.
         patches: those of the first size.
+        planned_patches: `patches_by_size` as the plan of a call takes them.
         vector_sets: the layers whose vectors make pairs with each other.
         projections: the projection heads, or None.
     """
@@ -128,6 +130,10 @@ class PDCROptions(nn.Module):
                 got = f"{patch}; give this layer a patch_size"
                 _checks.fail(f"receptive_fields[{layer!r}]", "a finite field", got)
         self.patches = self.patches_by_size[0]
+        self.planned_patches = [
+            {layer: Patches(patch.size, patch.grids) for layer, patch in patches.items()}  # type: ignore[arg-type]  # finite
+            for patches in self.patches_by_size
+        ]
         self.vector_sets = _vector_sets(layers, cross_layers)
         self.projections: Projections | None = None
         if projection is not None:
@@ -241,7 +247,7 @@ class PDCROptions(nn.Module):
         spatial_shape = tuple(features.shape[2:])
         return sampling.place(self.sampler, spatial_shape, self.num_samples, self.generator, features.device)
 
-    def sampled_sets(self, by_layer: Mapping[Layer, LayerSamples]) -> list[tuple[Layer, ...]]:
+    def sampled_sets(self, by_layer: Mapping[Layer, Any]) -> list[tuple[Layer, ...]]:
         """The sets of layers that there are samples of.
 
         Raises:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from contrastseg_fast import equations, uafs
 from contrastseg_fast.affinity import Affinity, make_affinity, select_compared
+from contrastseg_fast.call_plan import PatchContents
 from contrastseg_fast.equations import cosine_similarity, foreground_ratio, unit_vectors
-from contrastseg_fast.patches import PatchContents, first_label_map
+from contrastseg_fast.patches import first_label_map
 from contrastseg_fast.pdcr_options import LayerSamples, PDCROptions
 from contrastseg_fast.projection import Layer
 from contrastseg_fast.receptive_field import ReceptiveField

@@ -1,18 +1,11 @@
-"""Which vectors of a feature map are sampled (Algorithm 1), and how they are taken out of it.
-
-What the grid and the raster sampler give depends on the shape of the map alone. On the CPU it is computed
-once for a shape and kept as arrays of plain integers: a kept tensor breaks under `torch.inference_mode` and
-fake tensors.
-"""
+"""Which vectors of a feature map are sampled (Algorithm 1), and how they are taken out of it."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +13,7 @@ from contrastseg_fast import _checks, equations
 from contrastseg_fast.ops import _dispatch
 from contrastseg_fast.ops import gather as _gather_op
 from contrastseg_fast.receptive_field import ReceptiveField
+from contrastseg_fast.sample_plan import SamplePlan, coordinates
 
 SAMPLERS = ("grid", "random", "raster")
 
@@ -53,7 +47,7 @@ def sample_grid(
                 [6, 6]])
     """
     _check(spatial_shape, num_samples)
-    return _torch_indices("grid", spatial_shape, num_samples, device)
+    return unravel(SamplePlan.make("grid", spatial_shape, num_samples).positions(device), spatial_shape)
 
 
 def sample_random(
@@ -111,7 +105,7 @@ def sample_raster(
                 [1, 3]])
     """
     _check(spatial_shape, num_samples)
-    return _torch_indices("raster", spatial_shape, num_samples, device)
+    return unravel(SamplePlan.make("raster", spatial_shape, num_samples).positions(device), spatial_shape)
 
 
 def sample(
@@ -142,33 +136,35 @@ def sample(
 
 
 class Places(NamedTuple):
-    """Where vectors lie in a map.
+    """Where vectors lie in a map. A plan takes the place of their positions, which it computes where needed.
 
     Attributes:
-        positions: in raster order `(N,)`, int64.
         spatial_shape: of the map.
-        planned: the sampler and `num_samples`, where these and the shape decide; None for a random sample.
-        computed: the positions as indices `(N, D)`, where they were computed before; `indices` has them.
+        device: of the map.
+        plan: of the grid or the raster sampler, else None.
+        given: the positions `(N,)` in raster order, int64, where there is no plan, else None.
     """
 
-    positions: Tensor
     spatial_shape: tuple[int, ...]
-    planned: tuple[str, int | None] | None
-    computed: Tensor | None = None
+    device: torch.device
+    plan: SamplePlan | None
+    given: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions in raster order `(N,)`, int64."""
+        return self.given if self.plan is None else self.plan.positions(self.device)  # type: ignore[return-value]
 
     @property
     def indices(self) -> Tensor:
         """The positions as indices `(N, D)`."""
-        if self.computed is not None:
-            return self.computed
         return unravel(self.positions, self.spatial_shape)
 
     def starts(self, field: ReceptiveField) -> Tensor:
         """The first pixels `(N, D)` of the vectors' receptive fields or patches."""
-        if self.planned is not None and self.computed is None and not torch.compiler.is_compiling():
-            kept = _kept_starts(*self.planned, self.spatial_shape, field.grids)
-            return torch.tensor(kept, device=self.positions.device)
-        return field.starts(self.indices)
+        if self.plan is None:
+            return field.starts(self.indices)
+        return self.plan.starts(self.spatial_shape, field.grids, self.device)
 
 
 def place(
@@ -180,14 +176,9 @@ def place(
 ) -> Places:
     """The places of the sampler of that name, one of `SAMPLERS`. Arguments are not checked."""
     if sampler == "random" and num_samples is not None:
-        return Places(_draw(spatial_shape, num_samples, generator, device), spatial_shape, None)
-    sampler = "raster" if sampler == "random" else sampler
-    planned = (sampler, num_samples)
-    if _is_kept(spatial_shape, device):
-        positions = torch.tensor(_kept_positions(*planned, spatial_shape), device=device)
-        return Places(positions, spatial_shape, planned)
-    indices = _torch_indices(sampler, spatial_shape, num_samples, device)
-    return Places(ravel(indices, spatial_shape), spatial_shape, planned, indices)
+        return Places(spatial_shape, device, None, _draw(spatial_shape, num_samples, generator, device))
+    plan = SamplePlan.make("raster" if sampler == "random" else sampler, spatial_shape, num_samples)
+    return Places(spatial_shape, device, plan)
 
 
 def gather_vectors(features: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
@@ -215,27 +206,23 @@ def gather_vectors(features: Tensor, indices: Tensor, *, backend: str = "auto") 
                  [3.]]])
     """
     _dispatch.check(_gather_op.OPERATION, backend, features)
-    return gather_at(features, ravel(indices, features.shape[2:]), backend)
-
-
-def gather_at(features: Tensor, positions: Tensor, backend: str) -> Tensor:
-    """`gather_vectors` at positions `(N,)` in raster order. The backend is not checked."""
-    if backend == "reference":
-        return equations.gather_vectors(features, positions)
-    return _gather_op.gather_vectors(features, positions, backend)
-
-
-def ravel(indices: Any, spatial_shape: Sequence[int]) -> Any:
-    """Positions `(N,)` in raster order of indices `(N, D)`, both tensors or both arrays."""
     positions = indices[:, 0]
-    for axis, extent in enumerate(spatial_shape[1:], start=1):
+    for axis, extent in enumerate(features.shape[3:], start=1):
         positions = positions * extent + indices[:, axis]
-    return positions
+    return gather_at(features, Places(tuple(features.shape[2:]), features.device, None, positions), backend)
+
+
+def gather_at(features: Tensor, places: Places, backend: str) -> Tensor:
+    """`gather_vectors` at places of the map. The backend is not checked."""
+    if backend == "reference":
+        return equations.gather_vectors(features, places.positions)
+    plan = [] if places.plan is None else places.plan.numbers
+    return _gather_op.gather_vectors(features, places.given, plan, backend)
 
 
 def unravel(positions: Tensor, spatial_shape: Sequence[int]) -> Tensor:
     """Indices `(N, D)` of positions `(N,)` in raster order."""
-    return torch.stack(_coordinates(positions, spatial_shape), -1)
+    return torch.stack(coordinates(positions, spatial_shape), -1)
 
 
 def _check(spatial_shape: Sequence[int], num_samples: int | None) -> None:
@@ -243,77 +230,6 @@ def _check(spatial_shape: Sequence[int], num_samples: int | None) -> None:
         _checks.integer("spatial_shape", extent, 0)
     if num_samples is not None:
         _checks.integer("num_samples", num_samples, 1)
-
-
-def _coordinates(positions: Any, spatial_shape: Sequence[int]) -> list[Any]:
-    axes = []
-    for extent in reversed(spatial_shape):
-        axes.append(positions % max(extent, 1))
-        positions = positions // max(extent, 1)
-    return axes[::-1]
-
-
-def _axes(
-    sampler: str, spatial_shape: Sequence[int], num_samples: int | None, arange: Callable[[int], Any]
-) -> list[Any]:
-    """The samples' coordinates along each axis, which together are `(N, D)` or broadcast to it.
-
-    One formula for tensors and arrays: points lie in the middle of equal steps.
-    """
-    if sampler == "raster":
-        total = math.prod(spatial_shape)
-        count = total if num_samples is None else min(num_samples, total)
-        return _coordinates((2 * arange(count) + 1) * total // (2 * max(count, 1)), spatial_shape)
-    return [
-        (2 * arange(count) + 1) * extent // (2 * max(count, 1))
-        for count, extent in zip(_grid_counts(spatial_shape, num_samples), spatial_shape, strict=True)
-    ]
-
-
-def _torch_indices(
-    sampler: str,
-    spatial_shape: Sequence[int],
-    num_samples: int | None,
-    device: torch.device | str | None,
-) -> Tensor:
-    axes = _axes(sampler, spatial_shape, num_samples, functools.partial(torch.arange, device=device))
-    if sampler == "grid":
-        axes = list(torch.meshgrid(*axes, indexing="ij"))
-    return torch.stack(axes, -1).flatten(0, -2)
-
-
-_MOST_KEPT = 1 << 20  # vectors in the maps whose places are kept
-
-
-def _is_kept(spatial_shape: Sequence[int], device: torch.device) -> bool:
-    """Whether places are kept: not on a GPU, where copying them would wait, nor in a graph of any shape."""
-    return (
-        device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and set(map(type, spatial_shape)) <= {int}  # no symbols
-        and math.prod(spatial_shape) <= _MOST_KEPT
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_indices(sampler: str, num_samples: int | None, spatial_shape: tuple[int, ...]) -> np.ndarray:
-    axes = _axes(sampler, spatial_shape, num_samples, np.arange)
-    if sampler == "grid":
-        axes = list(np.meshgrid(*axes, indexing="ij"))
-    return np.stack(axes, -1).reshape(-1, len(spatial_shape)).astype(np.int64)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_positions(sampler: str, num_samples: int | None, spatial_shape: tuple[int, ...]) -> np.ndarray:
-    return ravel(_kept_indices(sampler, num_samples, spatial_shape), spatial_shape)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_starts(
-    sampler: str, num_samples: int | None, spatial_shape: tuple[int, ...], grids: tuple[Any, ...]
-) -> np.ndarray:
-    indices = _kept_indices(sampler, num_samples, spatial_shape)
-    return np.stack([grid.first_pixel(indices[:, axis]) for axis, grid in enumerate(grids)], -1)
 
 
 def _draw(
@@ -326,25 +242,3 @@ def _draw(
     drawn_on = device if generator is None else generator.device
     order = torch.randperm(math.prod(spatial_shape), generator=generator, device=drawn_on)
     return order[:num_samples].to(device)
-
-
-def _grid_counts(spatial_shape: Sequence[int], num_samples: int | None) -> list[int]:
-    """Points along each axis: the axis with the widest step gets one more while the product allows it."""
-    total = math.prod(spatial_shape)
-    if num_samples is None or total <= num_samples:
-        return list(spatial_shape)
-    counts = [1] * len(spatial_shape)
-    while True:
-        product = math.prod(counts)
-        room = [
-            axis
-            for axis, extent in enumerate(spatial_shape)
-            if counts[axis] < extent and product // counts[axis] * (counts[axis] + 1) <= num_samples
-        ]
-        if not room:
-            return counts
-        widest = room[0]
-        for axis in room[1:]:  # torch.compile with dynamic shapes follows no max with a key
-            if spatial_shape[axis] * counts[widest] > spatial_shape[widest] * counts[axis]:
-                widest = axis
-        counts[widest] += 1

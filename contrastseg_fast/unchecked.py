@@ -34,13 +34,8 @@ def pdcr_loss(
         valid = equations.all_if_none(valid, vectors)
         total = equations.pdcr_loss(*affinity.matrices(vectors, compared), affinity.temperature, valid)
         return equations.reduce(total, valid, reduction)
-    image_loss, _ = pdcr.pdcr_forward(vectors, compared, valid, [*affinity], backend)
-    if reduction == "none":
-        return image_loss
-    num_vectors = torch.full_like(image_loss, vectors.shape[1]) if valid is None else valid.sum(1)
-    if reduction == "sum":
-        return (image_loss * num_vectors**2).sum()
-    return image_loss.sum() / (num_vectors > 0).sum().clamp(min=1)
+    loss, *_ = pdcr.pdcr_forward(vectors, compared, valid, [*affinity], reduction, backend)
+    return loss
 
 
 @torch.no_grad()
@@ -53,7 +48,7 @@ def repelled_fraction(
     if backend == "reference":
         matrices = affinity.matrices(vectors, compared)
         return equations.repelled_fraction(*matrices, affinity.temperature, valid)
-    _, log_z = pdcr.pdcr_forward(vectors, compared, valid, [*affinity], backend)
+    _, log_z, *_ = pdcr.pdcr_forward(vectors, compared, valid, [*affinity], "none", backend)
     num_vectors = valid.sum(1)
     repelled = torch.zeros_like(num_vectors)
     with torch.autocast(vectors.device.type, enabled=False):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import math
 import os
 import pickle
 import sys
@@ -39,6 +40,7 @@ SOURCES = ("tables", "tests", "benchmarks", "counts")
 _ROOT = Path(__file__).resolve().parent.parent
 _OPERATORS = {  # with Triton kernels, by file of ops/; `<operator>_on_cuda` there serves CUDA tensors
     "pdcr": ("pdcr_forward", "pdcr_backward"),
+    "pdcr_call": ("pdcr_call_forward", "pdcr_call_backward"),
     "foreground_ratio": ("foreground_ratio",),
     "gather": ("gather_vectors", "gather_vectors_backward"),
     "entropy_gate": ("entropy_gate_forward", "entropy_gate_backward"),
@@ -85,9 +87,10 @@ class Variant(NamedTuple):
         return next((value for path, value in self.constants if names[path[0]] == name), None)
 
     def is_divisible(self, name: str) -> bool:
-        """Whether an argument is known to be a multiple of 16."""
+        """Whether an argument is known to be a multiple of 16, of a tuple every element."""
         names = [argument for argument, _ in self.signature]
-        return any(names[path[0]] == name and attribute for path, attribute in self.attributes)
+        attributes = [attribute for path, attribute in self.attributes if names[path[0]] == name]
+        return bool(attributes) and all(attributes)
 
     def option(self, name: str) -> Any:
         """`num_warps`, `num_stages` and so on."""
@@ -95,7 +98,11 @@ class Variant(NamedTuple):
 
     def in_bf16(self) -> Variant:
         """The same with bf16 in place of fp16."""
-        bf16 = ((name, kind.replace("fp16", "bf16")) for name, kind in self.signature)
+
+        def in_bf16(kind: Any) -> Any:
+            return tuple(map(in_bf16, kind)) if isinstance(kind, tuple) else kind.replace("fp16", "bf16")
+
+        bf16 = ((name, in_bf16(kind)) for name, kind in self.signature)
         return self._replace(signature=tuple(bf16))
 
     def describe(self) -> str:
@@ -181,16 +188,17 @@ class Recorder:
                 self.refused.append(f"{self.call.name}: {kernel} with grid {grid}")
 
     def _skip_what_needs_a_card(self) -> None:
-        from contrastseg_fast import functional, sampling
-        from contrastseg_fast.kernels import _common
+        from contrastseg_fast import functional, sample_plan
+        from contrastseg_fast.kernels import _common, entropy_gate
         from contrastseg_fast.kernels.pdcr import plan, slabs
 
         _common.capability = lambda _tensor: self.capability
-        _common.processors = plan.processors = lambda _tensor: PROCESSORS[self.capability]
+        for module in (_common, plan, entropy_gate):
+            module.processors = lambda _tensor: PROCESSORS[self.capability]
         slabs.product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
         slabs.add_product = lambda total, a, b: None
         functional._check_ratio_range = lambda *_: None  # only those of CPU tensors are checked
-        sampling._is_kept = lambda *_: False  # nor are places kept on a card
+        sample_plan.SamplePlan._is_kept = lambda *_: False  # nor are positions kept for a card
 
 
 def _driver(capability: int) -> Any:
@@ -359,22 +367,34 @@ def _run_benchmarks(recorder: Recorder) -> None:
 
 
 def _run_tables(recorder: Recorder) -> None:
-    """Every width of the tables, in the mode that takes the fewest registers and in other modes."""
+    """All entries, for few tiles and for many, at every width that they serve and at several at once."""
     from contrastseg_fast.functional import pdcr_loss
-    from contrastseg_fast.kernels._common import sm_table
-    from contrastseg_fast.kernels.pdcr.plan import BACKWARD, FORWARD
 
-    widths = {width for table in (FORWARD, BACKWARD) for by_width in sm_table(table, torch.empty(0)).values()
-              for width in by_width}  # fmt: skip
-    modes = [(torch.bfloat16, 2, 0.5), (torch.bfloat16, 5, 0.5), (torch.bfloat16, 12, 0.5)]
+    modes = [(torch.bfloat16, classes, 0.5) for classes in (2, 4, 5, 8, 12)]
     modes += [(torch.bfloat16, 2, 0.001), (torch.float16, 2, 0.5)]
-    for width in sorted(widths):
+    for batch, count in ((1, 256), (8, 1024)):
         for dtype, classes, temperature in modes:
-            name = f"{width} channels, {classes} classes, temperature {temperature}, {dtype}"
-            recorder.call = Call("tables", name)
-            vectors = torch.zeros(1, 1024, width, dtype=dtype, requires_grad=True)
-            loss = pdcr_loss(vectors, torch.zeros(1, 1024, classes), temperature=temperature)
-            torch.autograd.grad(loss, vectors)
+            size = f"{batch} x {count} vectors, {classes} classes, temperature {temperature}, {dtype}"
+            for width in (32, 64, 128, 256):
+                recorder.call = Call("tables", f"{width} channels, {size}")
+                vectors = torch.zeros(batch, count, width, dtype=dtype, requires_grad=True)
+                loss = pdcr_loss(vectors, torch.zeros(batch, count, classes), temperature=temperature)
+                torch.autograd.grad(loss, vectors)
+            recorder.call = Call("tables", f"three layers, {size}")
+            _three_layers(batch, count, classes, temperature, dtype)
+
+
+def _three_layers(batch: int, count: int, classes: int, temperature: float, dtype: torch.dtype) -> None:
+    """A loss of vectors of three widths, and its gradient."""
+    from contrastseg_fast import PDCRLoss, ReceptiveField
+
+    shape = math.isqrt(count), math.isqrt(count)
+    maps = [
+        torch.zeros(batch, channels, *shape, dtype=dtype, requires_grad=True) for channels in (64, 128, 256)
+    ]
+    field = ReceptiveField((1, 1), (1, 1), (0, 0))
+    pdcr = PDCRLoss([field] * 3, classes, num_samples=count, temperature=temperature)
+    torch.autograd.grad(pdcr(maps, torch.zeros(batch, *shape, dtype=torch.int64)), maps)
 
 
 def _pair_loss(batch: int, count: int, channels: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -383,6 +403,17 @@ def _pair_loss(batch: int, count: int, channels: int, dtype: torch.dtype) -> Cal
     vectors = torch.zeros(batch, count, channels, dtype=dtype, requires_grad=True)
     ratios = torch.zeros(batch, count, 2)
     return lambda: torch.autograd.grad(pdcr_loss(vectors, ratios), vectors)
+
+
+def _gate(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
+    from contrastseg_fast.functional import entropy_gate
+
+    def make(channels: int) -> Tensor:
+        x = torch.zeros(shape[0], channels, *shape[2:], dtype=dtype).contiguous(memory_format=layout)
+        return x.requires_grad_()
+
+    features, logits, grad = make(shape[1]), make(4), make(shape[1]).detach()
+    return lambda: torch.autograd.grad(entropy_gate(features, logits), (features, logits), grad)
 
 
 def _whole_call() -> Callable[[], object]:
@@ -400,6 +431,8 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "pdcr_loss, N=16384, C=256, bf16": lambda: _pair_loss(1, 16384, 256, torch.bfloat16),
     "pdcr_loss, N=1024, C=256, fp32": lambda: _pair_loss(1, 1024, 256, torch.float32),
     "PDCRLoss, three layers, B=8, N=1024": _whole_call,
+    "entropy_gate, fp32": lambda: _gate((2, 16, 32, 32), torch.float32, torch.contiguous_format),
+    "entropy_gate, bf16, channels_last": lambda: _gate((2, 16, 32, 32), torch.bfloat16, torch.channels_last),
 }
 
 

@@ -90,7 +90,7 @@ def test_c_plus_plus_refuses_another_number_of_fields() -> None:
     numbers = [float(number) for number in make_affinity("ratio", **DEFAULTS)]
     for wrong in (numbers[:-1], [*numbers, 0.0]):
         with pytest.raises(RuntimeError, match=f"affinity: expected 8 numbers, got {len(wrong)}"):
-            torch.ops.contrastseg_fast.pdcr_forward(vectors, ratios, None, wrong, "auto")
+            torch.ops.contrastseg_fast.pdcr_forward(vectors, ratios, None, wrong, "mean", "auto")
 
 
 @pytest.mark.parametrize("word", ["constant", "diagonal", "bipartite"])

@@ -21,35 +21,38 @@ KERNELS = (
     *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
     *("pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"),
     *("gather_kernel", "locate_kernel", "gather_bwd_kernel"),
-    *("patch_ratio_kernel", "running_sum_kernel", "fixed_point_kernel"),
+    *("patch_ratio_kernel", "segment_sum_kernel", "fixed_point_kernel"),
     *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
 )
 FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel")
-READ = (*FUSED, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel")
+READ = (*FUSED, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
-# stored and loaded once, and allowing the first two 128 registers removes the stack.
+# stored and loaded once, and allowing the first 128 registers removes the stack.
 STACKS = {
     "patch_ratio_kernel": 40,
-    "gather_bwd_kernel": 8,
-    "pdcr_rows_kernel": 8,
-    "pdcr_loss_kernel": 8,
+    "segment_sum_kernel": 80,  # of soft and strided labels, 64 words a thread
+    "pdcr_fwd_kernel": 24,  # of five to eight classes
     "pdcr_fwd_slab_kernel": 16,  # of five classes, fp32
+    "entropy_gate_bwd_kernel": 16,  # of five to eight classes, bf16
 }
-STACKS_OF_CARDS = {(100, "pdcr_bwd_kernel"): 16}  # of four classes and 256 channels
+# Of many classes, in calls of three widths.
+STACKS_OF_CARDS = {(100, "pdcr_fwd_kernel"): 104, (80, "pdcr_bwd_kernel"): 8}
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    # Triton 3.6 spills where 3.9 does not: a few slabs of fp32, and tiles of 128 x 128 on sm_100; 3.8 sums.
-    STACKS |= {"pdcr_pairs_kernel": 8, "running_sum_kernel": 8}
-    STACKS_OF_CARDS |= {(100, "pdcr_fwd_kernel"): 120}
+    # Triton 3.6 spills where 3.9 does not: a few slabs of fp32; and more of the sums.
+    STACKS |= {"pdcr_pairs_kernel": 8, "segment_sum_kernel": 176}
 # Asynchronous copies to shared memory, 16 bytes each.
 COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 
-# Launches of `CALLS`: Triton kernels, and ATen calls that launch.
+# Launches of `CALLS`: Triton kernels, and ATen calls that launch. The goal is at most 8 in all for a
+# `pdcr_loss` and its gradient, and at most 25 for a whole call of `PDCRLoss` and its gradients.
 LAUNCHES = {
-    "pdcr_loss, N=1024, C=256, bf16": (6, 13),
-    "pdcr_loss, N=16384, C=256, bf16": (6, 13),
-    "pdcr_loss, N=1024, C=256, fp32": (6, 14),
-    "PDCRLoss, three layers, B=8, N=1024": (32, 106),
+    "pdcr_loss, N=1024, C=256, bf16": (4, 1),
+    "pdcr_loss, N=16384, C=256, bf16": (5, 1),
+    "pdcr_loss, N=1024, C=256, fp32": (5, 2),
+    "PDCRLoss, three layers, B=8, N=1024": (7, 1),
+    "entropy_gate, fp32": (2, 0),
+    "entropy_gate, bf16, channels_last": (2, 0),
 }
 
 
@@ -155,32 +158,68 @@ def test_slabs_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> No
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
-def test_vectors_are_read_in_words_where_their_strides_allow(capability: int) -> None:
-    """For dense vectors whose number of channels is a multiple of 16."""
+def test_lanes_of_sums_lie_along_columns(capability: int) -> None:
+    """Else every lane reads another row, and words pass through shared memory on their way."""
     failed, checked = [], 0
-    for variant, result in variants(capability, "pdcr_rows_kernel").items():
-        aligned = map(variant.is_divisible, ("channels", "vectors_stride_b", "vectors_stride_n"))
-        if all(aligned) and variant.constant("vectors_stride_c") == 1:
+    for variant, result in variants(capability, "segment_sum_kernel").items():
+        if variant.constant("labels_stride_c") == 1 and not variant.constant("SUM_COLUMNS"):
             checked += 1
-            if not result.count(r"LDG\.E\.(64|128)"):
-                failed.append((variant, "no wide loads"))
+            if result.shared > 0:
+                failed.append((variant, f"{result.shared} bytes of shared memory"))
     assert checked > 0
     assert_none(failed, capability)
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_vectors_and_gradients_move_in_words_where_strides_allow(capability: int) -> None:
+    """For dense vectors of a multiple of 16 channels. Numbers of tables take up to 8 bytes."""
+    from contrastseg_fast.kernels.pdcr.rows import BY_WORD
+
+    failed, checked = [], set()
+    for variant, result in variants(capability, "pdcr_rows_kernel").items():
+        if set(variant.constant("ORDERS")) == {BY_WORD.value} and variant.is_divisible("sources"):
+            checked.add("rows")
+            if not result.count(r"LDG\.E\.128") or result.count(r"LDG\.E\.U16"):
+                failed.append((variant, "loads of fewer than 16 bytes"))
+    for variant, result in variants(capability, "pdcr_grad_kernel").items():
+        if variant.constant("WORDS") and variant.is_divisible("outs"):
+            checked.add("gradients")
+            if not result.count(r"STG\.E\.128") or result.count(r"STG\.E\.U16"):
+                failed.append((variant, "stores of fewer than 16 bytes"))
+    assert checked == {"rows", "gradients"}
+    assert_none(failed, capability)
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_entry_of_the_launch_tables_is_compiled(capability: int) -> None:
+    """At every width that it serves, alone and with narrower ones in one launch."""
     from contrastseg_fast.kernels._tuning import Launch
     from contrastseg_fast.kernels.pdcr import plan
+    from contrastseg_fast.problems import NARROWEST_FUSED, WIDEST_FUSED
 
+    widths = [1 << bits for bits in range(NARROWEST_FUSED.bit_length() - 1, WIDEST_FUSED.bit_length())]
     for table, kernel in ((plan.FORWARD, "pdcr_fwd_kernel"), (plan.BACKWARD, "pdcr_bwd_kernel")):
         launched = {
-            Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
-                        *(each.option(name) for name in ("num_warps", "num_stages")))
+            (
+                takes_fewest_registers(each),
+                each.constant("WIDTHS"),
+                Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
+                       *(each.option(name) for name in ("num_warps", "num_stages"))),
+            )
             for each in variants(capability, kernel)
         }  # fmt: skip
-        wanted = {launch for by_width in table[capability].values() for launch in by_width.values()}
-        assert wanted <= launched
+        for fewest, by_width in table[capability].items():
+            for width in widths:
+                entry = by_width[min(each for each in by_width if each >= width)]
+                assert {(fewest, (width,), launch) for launch in entry} <= launched
+            assert {(fewest, (64, 128, 256), launch) for launch in by_width[256]} <= launched
+
+
+def takes_fewest_registers(variant: Variant) -> bool:
+    """What the keys of the launch tables say of a variant of a fused kernel."""
+    bounded = variant.constant("SYMMETRIC" if variant.kernel == "pdcr_fwd_kernel" else "BOUNDED")
+    few_classes = variant.constant("CLASSES") <= 2 and not variant.constant("MORE_CLASSES")
+    return variant.constant("PLAIN") and few_classes and bounded
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -114,7 +114,7 @@ def test_the_cpu_kernels_refuse_other_words() -> None:
     vectors, ratios = torch.randn(1, 4, 3), torch.full((1, 4, 2), 0.5)
     affinity = [0.5, 0.5, 0.0, 1.0, -1.0, 0.0, 1.0, 0.0]
     calls = [
-        lambda word: pdcr.pdcr_forward(vectors, ratios, None, affinity, word),
+        lambda word: pdcr.pdcr_forward(vectors, ratios, None, affinity, "mean", word),
         lambda word: entropy_gate.entropy_gate_forward(
             torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), word
         ),

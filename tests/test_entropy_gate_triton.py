@@ -78,6 +78,30 @@ def test_numbers_of_classes(classes: int, layout) -> None:
     assert_as_exact_as_plain(by_gate(TRITON, *inputs), inputs)
 
 
+@pytest.mark.parametrize(("block_c", "block_l"), [(2, 128), (4, 64), (64, 16)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_of_any_sizes(layout, block_c: int, block_l: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contrastseg_fast.kernels import entropy_gate as kernels
+
+    monkeypatch.setattr(kernels, "choose_launch", lambda *_: kernels.Launch(block_c, block_l, 4))
+    inputs = on_device(*(layout(x) for x in make_inputs((2, 24, 5, 40), 11)))
+    assert_as_exact_as_plain(by_gate(TRITON, *inputs), inputs)
+
+
+def test_small_maps_get_narrow_blocks_and_many_programs() -> None:
+    from contrastseg_fast.kernels.entropy_gate import choose_launch
+
+    def blocks(*shape: int, channels_last: bool = False) -> tuple[int, int]:
+        return choose_launch(torch.empty(shape, dtype=torch.bfloat16, device="meta"), channels_last)[:2]
+
+    assert blocks(1, 64, 1 << 20) == (16, 128)
+    assert blocks(1, 64, 1 << 20, channels_last=True) == (64, 32)
+    assert blocks(1, 3, 1 << 20, channels_last=True) == (4, 512)
+    assert blocks(1, 512, 64) == (128, 16)
+    assert blocks(1, 512, 64, channels_last=True) == (128, 16)
+    assert blocks(1, 3, 64) == (4, 16)
+
+
 @pytest.mark.parametrize("logit_dtype", FLOATS)
 @pytest.mark.parametrize("feature_dtype", FLOATS)
 def test_mixed_dtypes(feature_dtype: torch.dtype, logit_dtype: torch.dtype) -> None:
@@ -207,14 +231,18 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("missing", "choice", "words"),
         [
-            ((), "cuda", None),
-            (("triton",), "cuda", None),
+            ((), "triton", None),
+            (("cuda",), "triton", None),
             (
-                ("cuda",),
-                "triton",
-                "entropy_gate runs in Triton kernels, as the CUDA kernels cannot run: no cuda",
+                ("triton",),
+                "cuda",
+                "entropy_gate runs in CUDA kernels, as the Triton kernels cannot run: no triton",
             ),
-            (("cuda", "triton"), "default", "entropy_gate runs in plain PyTorch, .* cannot run: no cuda"),
+            (
+                ("triton", "cuda"),
+                "default",
+                "entropy_gate runs in plain PyTorch, .* cannot run: no triton",
+            ),
         ],
     )
     @pytest.mark.filterwarnings("error")
@@ -235,7 +263,7 @@ class TestChoice:
         run()  # without a second warning
 
     @pytest.mark.filterwarnings("ignore:contrastseg_fast. entropy_gate runs in")
-    @pytest.mark.parametrize("missing", [("cuda",), ("cuda", "triton")], ids=["triton", "default"])
+    @pytest.mark.parametrize("missing", [(), ("cuda", "triton")], ids=["triton", "default"])
     def test_what_is_chosen_runs(self, monkeypatch, missing: tuple[str, ...]) -> None:
         monkeypatch.setattr(_backend, "unavailable", lambda b, _: f"no {b}" if b in missing else None)
         inputs = on_device(*make_inputs((1, 5, 4, 3)))

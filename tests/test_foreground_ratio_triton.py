@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import itertools
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -21,15 +23,17 @@ from test_foreground_ratio import (
 )
 from torch import Tensor
 
-from contrastseg_fast import _backend
+from contrastseg_fast import ReceptiveField, _backend, sampling
 from contrastseg_fast.ops import foreground_ratio as ops
+from contrastseg_fast.sample_plan import SamplePlan
 
 pytest.importorskip("triton")
 if not (torch.cuda.is_available() or _backend.interpreting()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from contrastseg_fast.kernels import _device_table
 from contrastseg_fast.kernels import foreground_ratio as kernels
-from contrastseg_fast.kernels.foreground_ratio import plan
+from contrastseg_fast.kernels.foreground_ratio import PatchSet, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 by_default = IMPLEMENTATIONS["default"]
@@ -78,6 +82,46 @@ def assert_inside(labels: Tensor, starts: Tensor, size, num_classes: int, ignore
                 assert torch.equal(actual, expected)
 
 
+def planned(
+    size: tuple[int, ...], sampler: str, shape: tuple[int, ...], num_samples: int, field: ReceptiveField
+) -> tuple[PatchSet, Tensor]:
+    """The patches of a planned sample of a map, and where they start."""
+    extents, counts = SamplePlan.make(sampler, shape, num_samples)
+    starts = field.starts(sampling.sample(sampler, shape, num_samples))
+    return PatchSet(size, None, shape, extents, counts, field.grids), starts
+
+
+def given(size: tuple[int, ...], starts: Tensor) -> tuple[PatchSet, Tensor]:
+    """Patches whose starts are on the device under test, and the starts."""
+    return PatchSet(size, starts.to(DEVICE)), starts
+
+
+def assert_sets(
+    labels: Tensor,
+    sets: Sequence[tuple[PatchSet, Tensor]],
+    num_classes: int,
+    border: str = "full",
+    ignore_index: int | None = None,
+    sums: Sequence[plan.Sums | int | None] = (None,),
+) -> None:
+    """The results of all sets lie one after another, each with the bits of the default kernel."""
+    one_by_one = [
+        (
+            *by_default(labels, starts, patches.size, num_classes, border, ignore_index),
+            by_default(labels, starts, patches.size, num_classes, "clip", ignore_index)[0],
+        )
+        for patches, starts in sets
+    ]
+    expected = [torch.cat([each.flatten() for each in results]) for results in zip(*one_by_one, strict=True)]
+    patch_sets = [patches for patches, _ in sets]
+    options = labels.to(DEVICE), patch_sets, num_classes, border, ignore_index
+    for table, with_inside in ((sums[0], False), *((table, True) for table in sums)):
+        results = kernels.foreground_ratios(*options, with_inside, table)
+        wanted = [*expected[:2], expected[2] if with_inside else expected[2][:0]]
+        for actual, right in zip(results, wanted, strict=True):
+            assert torch.equal(actual.cpu(), right), (table, with_inside)
+
+
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_pixel_counts(shape: str, border: str) -> None:
@@ -119,13 +163,15 @@ def test_labels_far_out_of_range_count_for_no_class() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])
-def test_running_sums_may_wrap_around(num_classes: int) -> None:
+def test_sums_may_wrap_around(num_classes: int) -> None:
     """In words of 32 and of 64 bits, the field of the last class is full many times over."""
     labels = torch.full((1, 90, 70), num_classes - 1, dtype=torch.uint8)
     labels[:, ::7, ::3] = 0
-    starts = scattered(1, 12, (90, 70), (3, 2))
-    assert_same_bits(labels, starts, (3, 2), num_classes, "full", None)
-    assert_same_bits(labels, starts, (20, 13), num_classes, "full", None)
+    for size in ((3, 2), (20, 13)):
+        starts = scattered(1, 12, (90, 70), size)
+        patches = PatchSet(size, starts)
+        for segments in ((64,), (64, 64)):
+            assert_sets(labels, [(patches, starts)], num_classes, sums=[plan.Sums(segments, (True,))])
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -224,17 +270,148 @@ def test_fields_have_room_for_every_patch() -> None:
         assert (fields.num_words - 1) * fields.classes_per_word < num_classes
 
 
-def test_axes_are_summed_where_patches_are_large_or_many() -> None:
-    def choose(num_patches: int, size: tuple[int, ...], extents: tuple[int, ...] = (512, 512)) -> int:
-        return plan.choose_summed_axes(8, num_patches, 1, extents, size, 8)
+FIELDS_2D = (
+    ReceptiveField((5, 9), (2, 3), (-2, -7)),
+    ReceptiveField((5, 9), (Fraction(5, 3), Fraction(7, 4)), (Fraction(-9, 2), Fraction(-1, 3))),
+    ReceptiveField((5, 9), (-3, 4), (20, -4)),
+)
+FIELDS_3D = (
+    ReceptiveField((3, 4, 5), (2, 2, 1), (-4, 0, -3)),
+    ReceptiveField((3, 4, 5), (Fraction(1, 2), Fraction(7, 3), 3), (Fraction(-5, 3), -2, Fraction(1, 7))),
+)
 
-    assert choose(1024, (11, 11)) == 0
-    assert choose(1, (400, 400)) > 0
-    assert choose(1024, (91, 91)) > 0
-    assert choose(16384, (300, 300)) == 2
-    assert choose(1000, (3, 3, 3), (96, 96, 96)) == 0
-    assert choose(1000, (64, 64, 64), (96, 96, 96)) > 0
-    assert choose(5, (3, 3), (0, 7)) == 0
+
+@pytest.mark.parametrize(
+    ("kind", "ignore_index", "border"),
+    [
+        ("indices", None, "full"),
+        ("indices", 1, "background"),
+        ("soft", 1, "clip"),
+        ("soft", None, "background"),
+    ],
+)
+def test_sets_of_patches_planned_and_given(kind: str, ignore_index: int | None, border: str) -> None:
+    extents, classes = (23, 41), 3
+    labels = random_labels(2, extents, classes, 255)
+    if kind == "soft":
+        labels = torch.rand(2, classes, *extents).masked_fill(torch.rand(2, 1, *extents) < 0.3, 1)
+    sets = [
+        planned((5, 9), "grid", (7, 9), 20, FIELDS_2D[0]),
+        given((1, 1), scattered(1, 5, extents, (1, 1))[0].int()),
+        planned((30, 50), "raster", (6, 5), 11, FIELDS_2D[1]),
+        given((13, 2), scattered(2, 6, extents, (13, 2)).transpose(0, 1).contiguous().transpose(0, 1)),
+        given((4, 4), torch.empty(0, 2, dtype=torch.int64)),
+        planned((2, 11), "grid", (4, 3), 100, FIELDS_2D[2]),
+    ]
+    mixed = plan.Sums((8,), (True, False, True, False, True, True))
+    assert_sets(labels, sets, classes, border, ignore_index, sums=(None, 0, 1, 2, mixed))
+    if kind == "indices":
+        assert_sets(labels, sets[1:2], classes, border, ignore_index)
+        assert_sets(
+            labels[:, 3], [given((4,), scattered(2, 9, (41,), (4,)))], classes, border, ignore_index, (0, 1)
+        )
+
+
+@pytest.mark.parametrize("kind", ["indices", "soft"])
+def test_sets_of_patches_of_volumes(kind: str) -> None:
+    extents = (9, 11, 13)
+    labels = random_labels(2, extents, 4, 7)
+    if kind == "soft":
+        labels = torch.rand(2, 4, *extents)
+    sets = [
+        planned((3, 4, 5), "grid", (4, 5, 6), 17, FIELDS_3D[0]),
+        planned((6, 20, 3), "raster", (3, 4, 2), 10, FIELDS_3D[1]),
+        given((2, 9, 9), scattered(2, 5, extents, (2, 9, 9))),
+    ]
+    two_of_three = plan.Sums((4, 2), (True, False, True))
+    assert_sets(labels, sets, 4, "background", 7, sums=(None, 0, 1, 2, 3, two_of_three))
+    assert_sets(labels.movedim(-1, -2), [sets[2]], 4, "clip", None, sums=(1, 2, 3))
+
+
+def test_patches_that_begin_and_end_where_segments_do() -> None:
+    """All begins and lengths around the ends of segments of 4, along one, two and three axes."""
+    places = torch.tensor(list(itertools.product(range(-5, 15), (0, 4)))).flip(1)
+    labels = random_labels(1, (6, 13), 3)
+    for length in (1, 4, 5, 13, 30):
+        for labels_, starts, size in (
+            (labels, places, (4, length)),
+            (labels.mT, places.flip(1), (length, 4)),
+        ):
+            sums = [plan.Sums(segments, (True,)) for segments in ((4,), (4, 4), (1, 2))]
+            assert_sets(labels_, [given(size, starts)], 3, "clip", 2, sums)
+    volume = random_labels(1, (9, 9, 9), 3)
+    starts = torch.tensor(list(itertools.product((-4, 0, 3, 4, 8), repeat=3)))
+    for size in ((4, 4, 4), (1, 5, 9)):
+        sums = [plan.Sums(segments, (True,)) for segments in ((4,), (4, 4), (4, 4, 4))]
+        assert_sets(volume, [given(size, starts)], 3, "full", None, sums)
+
+
+def test_sets_with_words_of_their_own_and_tables_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 classes, small patches take fewer words than large ones, which come a few words at a time."""
+    monkeypatch.setattr(plan, "_TABLE_BYTES", 2 * 2 * 15 * 11 * 8)
+    sets = [given(size, scattered(2, 5, (15, 11), size)) for size in ((2, 3), (15, 11), (9, 40))]
+    request = plan.Request(2, (15, 11), 40, True, 8, False, tuple(plan.Boxes(p.size, 5) for p, _ in sets))
+    sums = plan.Sums((4,), (False, True, True))
+    launches = plan.rounds(request, [0, 1, 2], sums)
+    assert [[each.number for each in launch] for launch in launches] == [[0, 1, 2]] + (len(launches) - 1) * [
+        [1, 2]
+    ]
+    assert len(launches) > 2
+    labels = random_labels(2, (15, 11), 40, 99)
+    assert_sets(labels, sets, 40, "full", 99, (None, sums, plan.Sums((4, 8), (True, False, True))))
+
+
+def test_soft_labels_keep_the_precision_of_each_set() -> None:
+    """Large patches have fewer bits behind the binary point, and do not take them from small ones."""
+    labels = torch.rand(1, 2, 70, 75)
+    sets = [given(size, scattered(1, 4, (70, 75), size)) for size in ((3, 3), (70, 75), (40, 70))]
+    request = plan.Request(1, (70, 75), 2, False, 8, True, tuple(plan.Boxes(p.size, 4) for p, _ in sets))
+    assert plan.launched_together(request) == [[0, 2], [1]]
+    assert_sets(labels, sets, 2, sums=(None, 0, 1, plan.Sums((16,), (False, True, True))))
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_planned_starts_far_out(is_wide: bool) -> None:
+    """Where numbers do not fit into 32 bits, they are computed in 64."""
+    stride = 2**32 if is_wide else 2**20
+    field = ReceptiveField((3, 4), (stride, Fraction(stride, 3)), (-3 * stride + 2, -stride))
+    patches = planned((3, 4), "grid", (9, 9), 81, field)
+    assert patches[0].is_wide == is_wide
+    assert (patches[1] < 0).any()
+    labels = random_labels(1, (10, 12), 3)
+    assert_sets(labels, [patches, given((3, 4), torch.tensor([[2, 3]]))], 3, "background", None, (0, 1))
+    raster = planned((3, 4), "raster", (2**13, 2**12), 80, ReceptiveField((3, 4), (1, 1), (-4000, -2000)))
+    assert raster[0].is_wide
+    assert_sets(labels, [raster], 3)
+
+
+def test_calls_with_new_starts_take_the_records_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records depend on shapes alone: a captured call is not captured again for other starts."""
+    made = []
+    monkeypatch.setattr(
+        _device_table,
+        "_make",
+        lambda numbers, device: made.append(numbers) or torch.tensor(numbers, device=device),
+    )
+    labels = random_labels(1, (10, 12), 3)
+    for _ in range(3):
+        assert_sets(labels, [given((3, 5), scattered(1, 37, (10, 12), (3, 5)))], 3)
+    assert len(made) <= 1
+
+
+def test_axes_are_summed_where_patches_are_large_or_many() -> None:
+    def choose(num_patches: int, *sizes: tuple[int, ...], extents: tuple[int, ...] = (512, 512)) -> plan.Sums:
+        boxes = tuple(plan.Boxes(size, num_patches) for size in sizes)
+        return plan.choose_sums(plan.Request(8, extents, 2, False, 8, False, boxes))
+
+    assert choose(1024, (11, 11)).segments == ()
+    assert len(choose(1, (400, 400)).segments) > 0
+    assert len(choose(1024, (91, 91)).segments) == 1
+    assert len(choose(16384, (300, 300)).segments) == 2
+    assert choose(1000, (3, 3, 3), extents=(96, 96, 96)).segments == ()
+    assert len(choose(1000, (64, 64, 64), extents=(96, 96, 96)).segments) > 0
+    assert choose(5, (3, 3), extents=(0, 7)).segments == ()
+    assert choose(1024, (3, 3), (91, 91)).used[1]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

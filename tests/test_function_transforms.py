@@ -10,8 +10,10 @@ import torch
 from conftest import blob_labels, normwise_error, random_ratios
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from contrastseg_fast import UAFS, PDCRLoss, ReceptiveField, attach_pdcr, unchecked
+from contrastseg_fast.call_plan import CallPlan, LayerPlan, Patches
 from contrastseg_fast.functional import (
     entropy_gate,
     foreground_ratio,
@@ -22,6 +24,7 @@ from contrastseg_fast.functional import (
 )
 from contrastseg_fast.ops import _library
 from contrastseg_fast.pdcr_options import LayerSamples
+from contrastseg_fast.sample_plan import SamplePlan
 from contrastseg_fast.sampling import gather_vectors
 
 Function = Callable[[Tensor], Tensor]
@@ -30,7 +33,7 @@ BY_FUNC = r": derivatives within torch\.func \(.*\) are not implemented; .* back
 
 
 def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
 
 
 def scalar(result: Tensor) -> Tensor:
@@ -57,6 +60,21 @@ PDCR = {
     for backend in ("auto", "reference")
 }
 PLACES = PDCR["auto"].place(MAP, 0)
+NOWHERE = torch.empty(0, dtype=torch.int64)
+CALL = CallPlan(
+    layers=(LayerPlan((4, 4), SamplePlan((4, 4), (2, 2)), is_map=False),),
+    patches=((Patches((3, 3), PDCR["auto"].patches[0].grids),),),
+    sets=((0,),),
+    merged=False,
+    num_classes=2,
+    border="full",
+    ignore_index=None,
+    skip_homogeneous=False,
+    affinity="ratio",
+    include_background=True,
+    reduction="mean",
+    checked_distance="mean",
+)
 # By name: the function of the differentiated tensor and of the backend, that tensor, who raises.
 DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor, str], Tensor], Tensor, str]] = {
     "pdcr_loss": (lambda x, b: pdcr_loss(x, RATIOS, backend=b), VECTORS, "pdcr_loss"),
@@ -273,15 +291,27 @@ def test_every_differentiable_operator_refuses_tangents_itself() -> None:
     vectors, ratios = random(1, 4, 3), random_ratios(1, 4, 2, torch.float64)
     affinity = [0.5, 0.5, 0.0, 1.0, -1.0, 0.0, 1.0, 0.0]
     features, logits, positions = random(1, 2, 3, 3), random(1, 3, 3, 3), torch.tensor([0, 4])
+    saved = (torch.empty(0, dtype=torch.float64), torch.empty(0))
     inputs: dict[str, tuple[Any, ...]] = {
-        "pdcr_forward": (vectors, ratios, None, affinity, "auto"),
-        "pdcr_backward": (random(1), random(1, 4), vectors, ratios, None, affinity, "auto"),
+        "pdcr_forward": (vectors, ratios, None, affinity, "mean", "auto"),
+        "pdcr_backward": (random(), random(1, 4), vectors, ratios, None, *saved, affinity, "mean", "auto"),
+        "pdcr_call_forward": ([vectors], [NOWHERE], LABELS[:1], CALL.numbers, affinity, 0.5, "auto"),
+        "pdcr_call_backward": (
+            random(),
+            [vectors],
+            [NOWHERE],
+            [ratios, ratios[..., 0] > 0, random(1, 4), *saved],
+            [1, 4, 3, 0],
+            CALL.numbers,
+            affinity,
+            "auto",
+        ),
         "nt_xent_forward": (vectors, 0.5, "auto"),
-        "nt_xent_backward": (random(1), random(1, 4), vectors, 0.5, "auto"),
+        "nt_xent_backward": (random(1), random(1, 4), vectors, *saved, 0.5, "auto"),
         "entropy_gate_forward": (features, logits, "auto"),
         "entropy_gate_backward": (features, None, features, logits, "auto"),
-        "gather_vectors": (features, positions, "auto"),
-        "gather_vectors_backward": (random(1, 2, 2), positions, [1, 2, 3, 3], False, "auto"),
+        "gather_vectors": (features, positions, [], "auto"),
+        "gather_vectors_backward": (random(1, 2, 2), positions, [], [1, 2, 3, 3], False, "auto"),
     }
     names = {
         name.removeprefix(f"{_library.NAMESPACE}::")
@@ -292,10 +322,11 @@ def test_every_differentiable_operator_refuses_tangents_itself() -> None:
     for name, arguments in inputs.items():
         operator = getattr(torch.ops.contrastseg_fast, name).default
         operator(*arguments)
-        for number, argument in enumerate(arguments):
+        leaves, structure = tree_flatten(arguments)
+        for number, argument in enumerate(leaves):
             if not isinstance(argument, Tensor) or not argument.is_floating_point():
                 continue
             with forward_ad.dual_level():
                 dual = forward_ad.make_dual(argument, torch.ones_like(argument))
                 with pytest.raises(RuntimeError, match=FORWARD_MODE):
-                    operator(*arguments[:number], dual, *arguments[number + 1 :])
+                    operator(*tree_unflatten([*leaves[:number], dual, *leaves[number + 1 :]], structure))

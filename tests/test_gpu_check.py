@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,12 @@ class TestPlan:
         assert counters[:3] == ["/tools/ncu", "--clock-control", "none"]  # the card's clocks stay as they are
         assert counters[-4:] == [sys.executable, "-m", "benchmarks.once", "--profile"]
         assert str(tmp_path / "counters.csv") in counters
+        pattern = counters[counters.index("--kernel-name") + 1].removeprefix("regex:")
+        forward, backward = (
+            pytest.importorskip(f"contrastseg_fast.kernels.pdcr.{name}") for name in ("forward", "backward")
+        )
+        for kernel in (forward.pdcr_fwd_kernel, backward.pdcr_bwd_kernel):
+            assert re.fullmatch(pattern, kernel.__name__)
         for tool, command in zip(("memcheck", "racecheck"), commands["sanitizer"], strict=True):
             assert command[:3] == ["/tools/compute-sanitizer", "--tool", tool]
             assert command[-3:] == [sys.executable, "-m", "benchmarks.once"]

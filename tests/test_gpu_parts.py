@@ -32,6 +32,7 @@ from benchmarks import (
     warm,
 )
 from benchmarks.operation import OURS, Case
+from contrastseg_fast.problems import Call, Problem, Segment, Source
 
 CASES = (*gpu_plan.NINE_MINUTES, *gpu_plan.LARGEST)
 CHEST = Path(registry.__file__).parent.parent / "contrastseg_fast" / "data" / "chest_ct.npz"
@@ -63,7 +64,7 @@ class TestPlan:
         names = [name for name, _ in warm.units(trial=False)]
         for case in gpu_plan.NINE_MINUTES:
             assert f"{case.id}/{OURS}" in names
-        assert len(names) > len(gpu_plan.SWEEP) * 2 * len(sweep.LAUNCHES)
+        assert len(names) > len(gpu_plan.SWEEP) * sum(map(len, sweep.LAUNCHES.values()))
         assert len(set(names)) == len(names)
         compiled = ["torch.compile" in name for name in names]
         assert compiled == sorted(compiled, reverse=True)  # what takes longest begins first
@@ -95,23 +96,35 @@ class TestSweep:
     UNIT = sweep.Unit(pdcr.OPERATION.tiny(gpu_plan.SWEEP[0]), "backward", (64, 64, 4, 2))
 
     def test_a_launch_is_forced_while_its_call_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        tuning = pytest.importorskip("contrastseg_fast.kernels._tuning")
-        seen: list[tuple[str, Any]] = []
+        """In one direction alone, under the names that the plan gives its families."""
+        plan = pytest.importorskip("contrastseg_fast.kernels.pdcr.plan")
+        size, seen = pdcr.Size(257, 64, dtype="bf16"), {}
+        source = Source.dense(1, size.count, size.channels, (0, 0, 1))
+        call = Call((source,), (Problem((Segment(0, 0, 0, 0, size.count),)),), size.classes, True)
 
         def prepare(_size: Any, _inputs: Any) -> Any:
             def run() -> tuple[torch.Tensor, ...]:
-                for family in ("pdcr_fwd bf16", "pdcr_bwd bf16"):
-                    seen.append((family, tuning.tuned(family, "of the table", [], torch.zeros(1), None)))
+                for direction in sweep.LAUNCHES:
+                    rows = torch.zeros(1, dtype=torch.bfloat16)
+                    seen[direction] = plan.choose_launch(direction, call, rows, True, False, None)
                 return (torch.ones(3),)
 
             return run
 
         implementations = tuple(replace(each, prepare=prepare) for each in pdcr.OPERATION.implementations)
         monkeypatch.setattr(pdcr, "OPERATION", replace(pdcr.OPERATION, implementations=implementations))
-        run = self.UNIT.prepare("cpu")
-        assert seen == []
-        run()
-        assert seen == [("pdcr_fwd bf16", "of the table"), ("pdcr_bwd bf16", (64, 64, 4, 2))]
+        of_tables = sweep.Unit(size, "backward", None).prepare("cpu")
+        of_tables()
+        before = dict(seen)
+        assert (128, 32, 8, 4) not in before.values()
+        for direction in sweep.LAUNCHES:
+            seen.clear()
+            run = sweep.Unit(size, direction, (128, 32, 8, 4)).prepare("cpu")
+            assert seen == {}
+            run()
+            assert seen == {**before, direction: (128, 32, 8, 4)}
+        of_tables()
+        assert seen == before
 
     def test_what_fails_or_is_wrong_has_no_time(self) -> None:
         _, good = sweep.measure(self.UNIT, "cpu", None)
@@ -331,7 +344,7 @@ class TestMeasuring:
 
     def test_every_kernel_runs_at_odd_sizes(self, capsys: pytest.CaptureFixture[str]) -> None:
         once.every_kernel("cpu")
-        assert len(capsys.readouterr().out.splitlines()) == 28
+        assert len(capsys.readouterr().out.splitlines()) == 32
         assert not torch.are_deterministic_algorithms_enabled()
 
     def test_libraries_that_do_not_load_are_built_for_this_card_alone(

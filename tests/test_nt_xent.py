@@ -170,9 +170,9 @@ def test_vectors_that_are_not_finite_are_not_hidden(value: float) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     vectors = torch.randn(2, 26, 5).to(dtype)
     torch.library.opcheck(nt_xent.nt_xent_forward, (vectors.requires_grad_(), 0.5, "auto"))
-    loss, log_n = nt_xent.nt_xent_forward(vectors.detach(), 0.5, "auto")
+    loss, log_n, *saved = nt_xent.nt_xent_forward(vectors.detach(), 0.5, "auto")
     torch.library.opcheck(
-        nt_xent.nt_xent_backward, (torch.ones_like(loss), log_n, vectors.detach(), 0.5, "auto")
+        nt_xent.nt_xent_backward, (torch.ones_like(loss), log_n, vectors.detach(), *saved, 0.5, "auto")
     )
 
 

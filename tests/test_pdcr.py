@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from contrastseg_fast import _backend
+from contrastseg_fast import _backend, functional, unchecked
 from contrastseg_fast.affinity import AFFINITIES as WORDS
 from contrastseg_fast.affinity import Affinity, make_affinity
 from contrastseg_fast.ops import pdcr
@@ -58,20 +57,26 @@ def make_inputs(
     return vectors, ratios[:, torch.randperm(count, generator=generator)]
 
 
-def loss_and_gradient(implementation, vectors, ratios, valid, affinity, grad):
-    """`(loss, log_z, gradient)` by the operator, its plain-PyTorch default, or the Triton kernels."""
-    how = ([*affinity], "auto")
+def loss_and_gradient(implementation, vectors, ratios, valid, affinity, grad, reduction="none"):
+    """`(loss, log_z, gradient)` by the operator, its plain-PyTorch default, or Triton's."""
+    how = ([*affinity], reduction, "auto")
     match implementation:
         case "op":
             forward, backward = pdcr.pdcr_forward, pdcr.pdcr_backward
         case "default":
             forward, backward = pdcr._forward, pdcr._backward
         case "triton":
-            kernels = importlib.import_module("contrastseg_fast.kernels.pdcr")
-            forward, backward = kernels.forward, kernels.backward
-            how = (affinity,)
-    loss, log_z = forward(vectors, ratios, valid, *how)
-    return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *how)
+            forward, backward = pdcr.pdcr_forward_on_cuda, pdcr.pdcr_backward_on_cuda
+            how = (*how[:2], "triton")
+    loss, log_z, *saved = forward(vectors, ratios, valid, *how)
+    return loss, log_z, backward(grad.to(loss.dtype), log_z, vectors, ratios, valid, *saved, *how)
+
+
+def by_reference(vectors, ratios, valid, affinity, grad, reduction):
+    """`(loss, gradient)` by the equations."""
+    leaf = vectors.detach().requires_grad_()
+    loss = unchecked.pdcr_loss(leaf, ratios, valid, affinity, reduction, "reference")
+    return loss.detach(), torch.autograd.grad(loss, leaf, grad.to(loss.dtype))[0]
 
 
 def normwise(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -158,6 +163,57 @@ def test_invalid_vectors_are_excluded():
     torch.testing.assert_close(gradient[:1, keep], alone[2], rtol=1e-4, atol=1e-8)
 
 
+def images_of_any_number(case: str) -> torch.Tensor | None:
+    """Which of `(4, 130)` vectors are valid: in all images, in some or in none."""
+    if case == "all":
+        return None
+    share = torch.tensor([0.6, 0.0, 1.0, 0.0] if case == "some" else [0.0] * 4)
+    return torch.rand(4, 130, generator=torch.Generator().manual_seed(5)) < share[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", ["all", "some", "none"])
+@pytest.mark.parametrize("reduction", functional.REDUCTIONS)
+@pytest.mark.parametrize("implementation", ["default", pytest.param("op", marks=needs_extension)])
+def test_losses_are_reduced_as_in_the_reference(implementation, reduction, case, dtype):
+    vectors, ratios = make_inputs(4, 130, 12, 3, dtype)
+    inputs = (ratios, images_of_any_number(case), PAPER)
+    grad = torch.linspace(-1, 2, 4) if reduction == "none" else torch.tensor(-1.7)
+    exact = by_reference(vectors.double(), *inputs, grad, reduction)
+    plain = by_reference(vectors.float(), *inputs, grad, reduction)
+    loss, _, gradient = loss_and_gradient(implementation, vectors, *inputs, grad, reduction)
+    assert loss.shape == exact[0].shape
+    assert (loss.dtype, gradient.dtype) == (torch.promote_types(dtype, torch.float32), dtype)
+    rounding = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    for actual, p, e in zip((loss, gradient), plain, exact, strict=True):
+        plain_error = 0 if dtype == torch.float64 else normwise(p.to(actual.dtype), e)
+        assert normwise(actual, e) <= 2 * plain_error + rounding
+    if case == "none":
+        assert not loss.any()
+        assert not gradient.any()
+
+
+@needs_extension
+def test_means_are_rounded_once():
+    """Losses of many images are added in fp64."""
+    vectors, ratios = make_inputs(4000, 3, 2, 2, torch.float32)
+    images, *_ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "none", "auto")
+    mean, *_ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "mean", "auto")
+    total, *_ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "sum", "auto")
+    for actual, expected in ((mean, images.double().mean()), (total, 9 * images.double().sum())):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("forward", [pdcr.pdcr_forward, pdcr._forward])
+def test_an_unknown_reduction_is_named(forward):
+    """An exported program may bring it, where no check came before."""
+    vectors, ratios = make_inputs(1, 5, 3, 2, torch.float32)
+    with pytest.raises(
+        (ValueError, RuntimeError), match="reduction: expected 'none', 'mean' or 'sum', got 'max'"
+    ):
+        forward(vectors, ratios, None, [*PAPER], "max", "auto")
+
+
 @needs_extension
 def test_skipped_tiles_change_nothing():
     """Blocks of equal ratios are skipped; the same pairs with ratios a hair apart are computed."""
@@ -208,7 +264,7 @@ def test_zero_vectors_get_no_gradient(affinity):
 def test_degenerate_sizes(batch, count, channels):
     vectors = torch.randn(batch, count, channels, requires_grad=True)
     ratios = torch.rand(batch, count, 2)
-    loss, log_z = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "auto")
+    loss, log_z, *_ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "none", "auto")
     assert loss.shape == (batch,)
     assert log_z.shape == (batch, count)
     loss.sum().backward()
@@ -290,38 +346,43 @@ def test_nan_shows_whatever_its_bits():
     assert gradient.isnan().any()
 
 
+@pytest.mark.parametrize("reduction", functional.REDUCTIONS)
 @pytest.mark.parametrize("implementation", ["op", "default"])
-def test_gradcheck(implementation):
+def test_gradcheck(implementation, reduction):
     vectors, ratios = make_inputs(2, 23, 6, 3, torch.float64)
     vectors.requires_grad_()
     valid = torch.rand(2, 23, generator=torch.Generator().manual_seed(3)) > 0.2
     if implementation == "op":
         assert torch.autograd.gradcheck(
-            lambda v: pdcr.pdcr_forward(v, ratios, valid, [*PAPER], "auto")[0], (vectors,)
+            lambda v: pdcr.pdcr_forward(v, ratios, valid, [*PAPER], reduction, "auto")[0], (vectors,)
         )
         return
-    loss, log_z = pdcr._forward(vectors, ratios, valid, [*PAPER])
-    expected = torch.autograd.grad(loss.sum(), vectors)[0]
-    actual = pdcr._backward(torch.ones_like(loss), log_z.detach(), vectors.detach(), ratios, valid, [*PAPER])
+    how = ([*PAPER], reduction)
+    loss, log_z, *saved = pdcr._forward(vectors, ratios, valid, *how)
+    grad = torch.ones_like(loss)
+    expected = torch.autograd.grad(loss, vectors, grad)[0]
+    actual = pdcr._backward(grad, log_z.detach(), vectors.detach(), ratios, valid, *saved, *how)
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("reduction", functional.REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, reduction):
     vectors, ratios = make_inputs(2, 30, 8, 2, dtype)
     valid = torch.ones(2, 30, dtype=torch.bool)
-    torch.library.opcheck(pdcr.pdcr_forward, (vectors.requires_grad_(), ratios, valid, [*PAPER], "auto"))
-    loss, log_z = pdcr.pdcr_forward(vectors.detach(), ratios, None, [*PAPER], "auto")
+    how = ([*PAPER], reduction, "auto")
+    torch.library.opcheck(pdcr.pdcr_forward, (vectors.requires_grad_(), ratios, valid, *how))
+    loss, log_z, *saved = pdcr.pdcr_forward(vectors.detach(), ratios, None, *how)
     torch.library.opcheck(
-        pdcr.pdcr_backward, (torch.ones_like(loss), log_z, vectors.detach(), ratios, None, [*PAPER], "auto")
+        pdcr.pdcr_backward, (torch.ones_like(loss), log_z, vectors.detach(), ratios, None, *saved, *how)
     )
 
 
 def test_second_derivatives_raise():
     vectors, ratios = make_inputs(1, 20, 8, 2, torch.float32)
     vectors.requires_grad_()
-    loss, _ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "auto")
-    (gradient,) = torch.autograd.grad(loss.sum(), vectors, create_graph=True)
+    loss, *_ = pdcr.pdcr_forward(vectors, ratios, None, [*PAPER], "mean", "auto")
+    (gradient,) = torch.autograd.grad(loss, vectors, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         gradient.square().sum().backward()
 

@@ -20,13 +20,15 @@ from conftest import blob_labels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from contrastseg_fast import _backend, functional, pdcr_loss, reference, sampling
+from contrastseg_fast import _backend, functional, pdcr_loss, reference, sample_plan
+from contrastseg_fast.ops import pdcr_call
 from contrastseg_fast.pdcr_loss import PDCRLoss
 from contrastseg_fast.receptive_field import ReceptiveField
 
 STEM = ReceptiveField(size=(3, 3), stride=(2, 2), start=(-1, -1))
 DEEP = ReceptiveField(size=(11, 9), stride=(4, 4), start=(-5, -3))
 FIELDS = {"stem": STEM, "deep": DEEP}
+LAYERS = tuple(FIELDS)
 
 
 def feature_maps(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -211,17 +213,80 @@ def test_gradients_pull_a_network_towards_its_labels() -> None:
     assert cosine[~same].mean() < 0.0
 
 
-@pytest.mark.parametrize("options", [{}, {"patch_size": 5}, {"sampler": "raster"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"patch_size": 5}, {"sampler": "raster"}, {"affinity": "diagonal"}, {"include_background": False}],
+    ids=str,
+)
 def test_images_may_change_their_size_when_compiled(options: dict[str, Any]) -> None:
+    torch.compiler.reset()  # what other cases compiled counts for the limit of recompilations
     pdcr = PDCRLoss([STEM], num_classes=3, num_samples=40, **options)
     compiled = torch.compile(pdcr, fullgraph=True, backend="aot_eager", dynamic=True)
     for height, width in ((24, 20), (32, 28), (16, 40)):
         features, labels = torch.randn(2, 5, height // 2, width // 2), blob_labels(2, (height, width), 3)
-        torch.testing.assert_close(compiled([features], labels), pdcr([features], labels))
+        results = []
+        for run in (compiled, pdcr):
+            leaf = features.clone().requires_grad_()
+            value = run([leaf], labels)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("given", ["maps", "vectors"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none", "patch_sizes": (3, 5)},
+        {"affinity": "diagonal", "pairs": "batch"},
+        {"include_background": False, "skip_homogeneous": True},
+        {"projection": "mlp", "projection_channels": 4, "in_channels": (5, 8), "cross_layers": [LAYERS]},
+    ],
+    ids=str,
+)
+def test_opcheck_of_a_whole_call(
+    options: dict[str, Any], given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    operator = pdcr_call.pdcr_call_forward
+    pdcr = PDCRLoss(FIELDS, 3, num_samples=17, **options)
+    maps = {layer: x.requires_grad_() for layer, x in feature_maps(torch.float32).items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pdcr_call, "pdcr_call_forward", lambda *inputs: calls.append(inputs) or operator(*inputs)
+        )
+        if given == "maps":
+            pdcr(maps, labels_with_holes().clamp(max=2))
+        else:
+            samples = [pdcr.sample(x, layer) for layer, x in maps.items()]
+            pdcr.loss(samples, labels_with_holes().clamp(max=2))
+    features, *others = calls[0]
+    leaves = [x.detach().requires_grad_() for x in features]
+    torch.library.opcheck(operator, (leaves, *others))
+
+
+def test_second_derivatives_raise_instead_of_vanishing() -> None:
+    maps = {layer: x.requires_grad_() for layer, x in feature_maps().items()}
+    value = PDCRLoss(FIELDS, 3, num_samples=17)(maps, labels_with_holes().clamp(max=2))
+    gradients = torch.autograd.grad(value, [*maps.values()], create_graph=True)
+    penalty = sum(each.square().sum() for each in gradients) + value
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        penalty.backward()
+
+
+def test_layers_may_have_several_dtypes() -> None:
+    maps = feature_maps(torch.float32)
+    maps["deep"] = maps["deep"].double()
+    maps = {layer: x.requires_grad_() for layer, x in maps.items()}
+    labels = labels_with_holes().clamp(max=2)
+    results = []
+    for module in (PDCRLoss, reference.PDCRLoss):
+        value = module(FIELDS, 3, num_samples=17)(maps, labels)
+        results.append((value, *torch.autograd.grad(value, [*maps.values()])))
+    torch.testing.assert_close(*results)
 
 
 PACKAGE = str(Path(pdcr_loss.__file__).parent)
-MOST_CALLS = 105
+MOST_CALLS = 121
 
 
 @pytest.mark.skipif(not _backend.has_cpu_extension(), reason="plain kernels are made of many functions")
@@ -249,7 +314,7 @@ def test_a_call_of_three_layers_makes_few_calls() -> None:
         pdcr(maps, labels).backward()
     finally:
         sys.setprofile(profiler)
-    assert calls["pdcr.py:_differentiate"] == 3
+    assert calls["pdcr_call.py:_differentiate"] == 1
     assert calls.total() <= MOST_CALLS, calls
 
 
@@ -259,7 +324,7 @@ def test_places_are_kept_by_shape_and_serve_in_every_mode(sampler: str) -> None:
     maps, labels = feature_maps(), blob_labels(2, (24, 20), 3)
     expected = reference.PDCRLoss(FIELDS, 3, num_samples=23, sampler=sampler)(maps, labels)
     pdcr = PDCRLoss(FIELDS, 3, num_samples=23, sampler=sampler)
-    for cache in (sampling._kept_indices, sampling._kept_positions, sampling._kept_starts):
+    for cache in (sample_plan._kept_positions, sample_plan._kept_starts):
         cache.cache_clear()
     with torch.inference_mode():
         torch.testing.assert_close(pdcr(maps, labels), expected)
@@ -276,7 +341,7 @@ def test_places_are_kept_by_shape_and_serve_in_every_mode(sampler: str) -> None:
     for sample in samples:
         sample.places.positions.zero_()  # a user's own copy
     torch.testing.assert_close(pdcr(maps, labels), expected)
-    assert sampling._kept_positions.cache_info().currsize == 2
+    assert sample_plan._kept_positions.cache_info().currsize == 2
 
 
 FRACTIONAL = ReceptiveField(size=(5, 6), stride=(Fraction(3, 2), 2), start=(Fraction(-9, 4), -2))

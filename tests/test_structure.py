@@ -24,7 +24,7 @@ MODULES = {
 # From the lowest: a module imports modules of its own line and of lines above it.
 LAYERS = (
     ("_checks", "equations"),
-    ("_backend", "affinity", "receptive_field"),
+    ("_backend", "affinity", "receptive_field", "sample_plan", "problems", "call_plan"),
     ("kernels",),
     ("ops",),
     ("sampling", "schedule", "unchecked", "projection"),

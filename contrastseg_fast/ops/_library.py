@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
 from contrastseg_fast import _backend  # noqa: F401  loads the C++ kernels, where they are installed
 
@@ -75,7 +76,7 @@ def forbid_second_derivative(operator: torch._ops.OpOverload, function: str) -> 
 
 def _refuse_transforms(function: str, inputs: Sequence[Any]) -> None:
     """Raise if an operator has inputs with tangents, or is differentiated within `torch.func`."""
-    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"{function}: forward-mode derivatives (torch.func.jvp and jacfwd, torch.autograd.forward_ad) "
@@ -87,6 +88,27 @@ def _refuse_transforms(function: str, inputs: Sequence[Any]) -> None:
             f"{function}: derivatives within torch.func (grad, vjp, jacrev) are not implemented; use "
             f"torch.autograd.grad, or {_REFERENCE}"
         )
+
+
+def loop_over_batch(operator: torch._ops.OpOverload) -> None:
+    """Make `torch.vmap` run an operator of lists of tensors for each element; others need no such rule."""
+
+    def run(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        def element(number: int) -> list[Any]:
+            return [_element(x, dim, number) for x, dim in zip(inputs, in_dims, strict=True)]
+
+        results = [operator(*element(number)) for number in range(info.batch_size)]
+        stacked = tree_map(lambda *each: torch.stack(each), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(operator._schema.name, run, lib=LIBRARY)
+
+
+def _element(x: Any, dim: Any, number: int) -> Any:
+    if isinstance(x, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+        return [_element(each, of_each, number) for each, of_each in zip(x, dims, strict=True)]
+    return x if dim is None else x.select(dim, number)
 
 
 def without_gradient(operator: torch._ops.OpOverload) -> None:

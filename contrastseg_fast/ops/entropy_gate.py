@@ -9,8 +9,8 @@ the features. Results are contiguous, or channels-last where features (for the l
 A logit of -inf is a class ruled out; NaN, +inf, or nothing but -inf at a location give NaN, as in softmax.
 
 `_forward` and `_backward` are plain PyTorch. The C++ extension (csrc/cpu) replaces them on the CPU; on a GPU
-the CUDA kernels (csrc/cuda) or the Triton kernels (kernels/entropy_gate.py) do. These two fill results that
-`launch_forward` and `launch_backward` allocate.
+the Triton kernels (kernels/entropy_gate.py) do, or the CUDA kernels (csrc/cuda) where Triton is missing. Both
+fill results that `launch_forward` and `launch_backward` allocate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from contrastseg_fast.ops._library import (
     register_autograd,
 )
 
-OPERATION = Operation("entropy_gate", on_cuda=("cuda", "triton"))
+OPERATION = Operation("entropy_gate", on_cuda=("triton", "cuda"))
 Launch = Callable[..., None]
 
 

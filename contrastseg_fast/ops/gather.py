@@ -2,8 +2,9 @@
 
     vectors[b, n, c] = features[b, c, positions[n]]        positions in raster order
 
-The gradient is contiguous, or channels-last where features are. Vectors at the same position add up in it, in
-fp32 for 16-bit dtypes. Autograd keeps the positions, not the map. Both operators can be differentiated again.
+Positions are given, or None and those of a plan, by the numbers of its `SamplePlan`. The gradient is
+contiguous, or channels-last where features are. Vectors at the same position add up in it, in fp32 for 16-bit
+dtypes. Autograd keeps the given positions, not the map. Both operators can be differentiated again.
 
 The kernels below are plain PyTorch. The Triton kernels (kernels/gather.py) replace them on a GPU.
 """
@@ -19,24 +20,36 @@ from torch import Tensor
 
 from contrastseg_fast.ops._dispatch import Operation, pick
 from contrastseg_fast.ops._library import define, register_autograd
+from contrastseg_fast.sample_plan import SamplePlan
 
 OPERATION = Operation("gather_vectors", on_cpu=())
 
 
-def _is_channels_last(features: Tensor) -> bool:
+def is_channels_last(features: Tensor) -> bool:
     return not features.is_contiguous() and features.movedim(1, -1).is_contiguous()
 
 
-def _gather(features: Tensor, positions: Tensor, _backend: str = "auto") -> Tensor:
-    if _is_channels_last(features):
+def _gather(
+    features: Tensor, positions: Tensor | None, plan: Sequence[int], _backend: str = "auto"
+) -> Tensor:
+    if positions is None:
+        positions = SamplePlan.from_numbers(plan).positions(features.device)
+    if is_channels_last(features):
         return features.movedim(1, -1).flatten(1, -2).index_select(1, positions)
     index = positions.expand(*features.shape[:2], -1)
     return features.flatten(2).gather(2, index).mT.contiguous()
 
 
 def _backward(
-    grad: Tensor, positions: Tensor, shape: Sequence[int], channels_last: bool, _backend: str = "auto"
+    grad: Tensor,
+    positions: Tensor | None,
+    plan: Sequence[int],
+    shape: Sequence[int],
+    channels_last: bool,
+    _backend: str = "auto",
 ) -> Tensor:
+    if positions is None:
+        positions = SamplePlan.from_numbers(plan).positions(grad.device)
     batch, channels, *spatial = shape
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if channels_last:
@@ -48,30 +61,43 @@ def _backward(
     return flat.scatter_add_(2, index, grad.mT.to(dtype)).to(grad.dtype).view(*shape)
 
 
-def gather_vectors_on_cuda(features: Tensor, positions: Tensor, backend: str) -> Tensor:
+def gather_vectors_on_cuda(
+    features: Tensor, positions: Tensor | None, plan: Sequence[int], backend: str
+) -> Tensor:
     if pick(OPERATION, backend, features) != "triton":
-        return _gather(features, positions)
+        return _gather(features, positions, plan)
     from contrastseg_fast.kernels import gather as kernels
 
-    return kernels.gather_vectors(features, positions)
+    return kernels.gather_vectors(features, positions, plan)
 
 
 def gather_vectors_backward_on_cuda(
-    grad: Tensor, positions: Tensor, shape: Sequence[int], channels_last: bool, backend: str
+    grad: Tensor,
+    positions: Tensor | None,
+    plan: Sequence[int],
+    shape: Sequence[int],
+    channels_last: bool,
+    backend: str,
 ) -> Tensor:
     if pick(OPERATION, backend, grad) != "triton":
-        return _backward(grad, positions, shape, channels_last)
+        return _backward(grad, positions, plan, shape, channels_last)
     from contrastseg_fast.kernels import gather as kernels
 
-    return kernels.gather_vectors_backward(grad, positions, shape, channels_last)
+    return kernels.gather_vectors_backward(grad, positions, plan, shape, channels_last)
 
 
-def _gather_fake(features: Tensor, positions: Tensor, _backend: str) -> Tensor:
-    return features.new_empty(features.shape[0], positions.shape[0], features.shape[1])
+def _gather_fake(features: Tensor, positions: Tensor | None, plan: Sequence[int], _backend: str) -> Tensor:
+    count = SamplePlan.from_numbers(plan).num_vectors if positions is None else positions.shape[0]
+    return features.new_empty(features.shape[0], count, features.shape[1])
 
 
 def _backward_fake(
-    grad: Tensor, _positions: Tensor, shape: Sequence[int], channels_last: bool, _backend: str
+    grad: Tensor,
+    _positions: Tensor | None,
+    _plan: Sequence[int],
+    shape: Sequence[int],
+    channels_last: bool,
+    _backend: str,
 ) -> Tensor:
     if channels_last:
         batch, channels, *spatial = shape
@@ -80,37 +106,39 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, positions, ctx.backend = inputs
+    features, positions, ctx.plan, ctx.backend = inputs
     ctx.save_for_backward(positions)
     ctx.shape = features.shape
-    ctx.channels_last = _is_channels_last(features)
+    ctx.channels_last = is_channels_last(features)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (positions,) = ctx.saved_tensors
-    grad_features = gather_vectors_backward(grad, positions, ctx.shape, ctx.channels_last, ctx.backend)
-    return grad_features, None, None
+    grad_features = gather_vectors_backward(
+        grad, positions, ctx.plan, ctx.shape, ctx.channels_last, ctx.backend
+    )
+    return grad_features, None, None, None
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, positions, _, _, ctx.backend = inputs
+    _, positions, ctx.plan, _, _, ctx.backend = inputs
     ctx.save_for_backward(positions)
 
 
 def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (positions,) = ctx.saved_tensors
-    return gather_vectors(grad, positions, ctx.backend), None, None, None, None
+    return gather_vectors(grad, positions, ctx.plan, ctx.backend), None, None, None, None, None
 
 
 gather_vectors = define(
-    "gather_vectors(Tensor features, Tensor positions, str backend) -> Tensor",
+    "gather_vectors(Tensor features, Tensor? positions, SymInt[] plan, str backend) -> Tensor",
     _gather,
     _gather_fake,
     gather_vectors_on_cuda,
 )
 gather_vectors_backward = define(
-    "gather_vectors_backward(Tensor grad, Tensor positions, SymInt[] shape, bool channels_last, str backend) "
-    "-> Tensor",
+    "gather_vectors_backward(Tensor grad, Tensor? positions, SymInt[] plan, SymInt[] shape, "
+    "bool channels_last, str backend) -> Tensor",
     _backward,
     _backward_fake,
     gather_vectors_backward_on_cuda,

@@ -9,7 +9,8 @@ sum is `2 + exp(1 / tau) N_i`: the self pair and the positive pair add exp(0) ea
 adds at least as much, so subtracting the 2 again loses nothing. Its gradient takes the logarithm of a
 denominator as an input. Given that of Eq. 1, `Z_i = N_i + exp(s_ip(i) / tau)`, it returns what the negative
 pairs add. What the positive pair adds is proportional to `1 - exp(s_ip(i) / tau) / Z_i = N_i / Z_i`. That is
-computed without the difference, because it is small for trained vectors.
+computed without the difference, because it is small for trained vectors. `rows` and `floats` go from the
+forward pass of PDCR's operator to its backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from contrastseg_fast.ops._library import (
     forbid_second_derivative,
     register_autograd,
 )
-from contrastseg_fast.ops.pdcr import normalised, pdcr_backward, pdcr_forward
+from contrastseg_fast.ops.pdcr import normalised, pdcr_backward, pdcr_forward, saved_sizes
 
 OPERATION = Operation("nt_xent_loss")
 _NEGATIVES = Affinity(
@@ -55,10 +56,10 @@ def _positives(unit: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return partner, ((unit * partner).sum(-1) + 1) / temperature
 
 
-def _forward(vectors: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(vectors: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     affinity = [*_NEGATIVES._replace(temperature=temperature)]
     with torch.autocast(vectors.device.type, enabled=False):
-        _, log_sum = pdcr_forward(vectors, _images(vectors), None, affinity, backend)
+        _, log_sum, *saved = pdcr_forward(vectors, _images(vectors), None, affinity, "none", backend)
         if vectors.shape[1] > 2:
             log_n = log_sum + torch.log1p(-2 * torch.exp(-log_sum))  # of exp(1 / tau) N
         else:
@@ -66,16 +67,27 @@ def _forward(vectors: Tensor, temperature: float, backend: str) -> tuple[Tensor,
         unit, _ = normalised(vectors)
         _, positive = _positives(unit, temperature)
         losses = torch.logaddexp(log_n - positive, torch.zeros_like(positive))
-        return (losses.sum(1, dtype=torch.float64) / max(1, vectors.shape[1])).to(unit.dtype), log_n
+        loss = losses.sum(1, dtype=torch.float64) / max(1, vectors.shape[1])
+        return loss.to(unit.dtype), log_n, *saved
 
 
-def _backward(grad: Tensor, log_n: Tensor, vectors: Tensor, temperature: float, backend: str) -> Tensor:
+def _backward(
+    grad: Tensor,
+    log_n: Tensor,
+    vectors: Tensor,
+    rows: Tensor,
+    floats: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
     affinity = [*_NEGATIVES._replace(temperature=temperature)]
     with torch.autocast(vectors.device.type, enabled=False):
         unit, inverse_length = normalised(vectors)
         partner, positive = _positives(unit, temperature)
         log_z = torch.logaddexp(log_n, positive)
-        repelled = pdcr_backward(grad, log_z, vectors, _images(vectors), None, affinity, backend)
+        repelled = pdcr_backward(
+            grad, log_z, vectors, _images(vectors), None, rows, floats, affinity, "none", backend
+        )
         missing = torch.exp(log_n - log_z)  # N / Z
         missing = missing + missing.roll(vectors.shape[1] // 2, 1)
         attracted = missing[..., None] * (partner - (partner * unit).sum(-1, keepdim=True) * unit)
@@ -83,36 +95,46 @@ def _backward(grad: Tensor, log_n: Tensor, vectors: Tensor, temperature: float, 
         return (repelled - attracted * scale * inverse_length).to(vectors.dtype)
 
 
-def _forward_fake(vectors: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    vectors: Tensor, _temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
-    return vectors.new_empty(vectors.shape[0], dtype=dtype), vectors.new_empty(vectors.shape[:2], dtype=dtype)
+    num_rows, num_floats = saved_sizes(vectors, 1, backend)
+    return (
+        vectors.new_empty(vectors.shape[0], dtype=dtype),
+        vectors.new_empty(vectors.shape[:2], dtype=dtype),
+        vectors.new_empty(num_rows),
+        vectors.new_empty(num_floats, dtype=torch.float32),
+    )
 
 
 def _backward_fake(_grad: Tensor, _log_n: Tensor, vectors: Tensor, *_others: Any) -> Tensor:
     return vectors.new_empty(vectors.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    vectors, ctx.temperature, ctx.backend = inputs
-    _, log_n = output
-    ctx.save_for_backward(log_n, vectors)
-    ctx.mark_non_differentiable(log_n)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    vectors, *ctx.options = inputs
+    _, log_n, *saved = output
+    ctx.save_for_backward(log_n, vectors, *saved)
+    ctx.mark_non_differentiable(log_n, *saved)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _grad_log_n: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
-    return nt_xent_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.backend), None, None
+    return nt_xent_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
 nt_xent_forward = define(
-    "nt_xent_forward(Tensor vectors, float temperature, str backend) -> (Tensor loss, Tensor log_n)",
+    "nt_xent_forward(Tensor vectors, float temperature, str backend) -> "
+    "(Tensor loss, Tensor log_n, Tensor rows, Tensor floats)",
     _forward,
     _forward_fake,
 )
 nt_xent_backward = define(
-    "nt_xent_backward(Tensor grad, Tensor log_n, Tensor vectors, float temperature, str backend) -> Tensor",
+    "nt_xent_backward(Tensor grad, Tensor log_n, Tensor vectors, Tensor rows, Tensor floats, "
+    "float temperature, str backend) -> Tensor",
     _backward,
     _backward_fake,
 )

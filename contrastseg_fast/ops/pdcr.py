@@ -5,8 +5,11 @@ With the distance d, the weights w and wbar and the similarity s of `contrastseg
     loss_b = 1/n^2 * ( n * sum_i log Z_i - 1/tau * sum_ij s_ij w_ij ),   Z_i = sum_k exp(s_ik wbar_ik / tau)
 
 `vectors` are `(B, N, C)`, `ratios` `(B, N, M)`, or `(B, N, 1)` categories with a categorical affinity.
-`valid` `(B, N)` marks the vectors that make pairs, and `affinity` holds the numbers of an `Affinity`. Results
-are the loss `(B,)` and log Z `(B, N)`, fp32, or fp64 for fp64 vectors.
+`valid` `(B, N)` marks the vectors that make pairs, and `affinity` holds the numbers of an `Affinity`.
+`reduction` is `"none"` (loss_b of every image, 0 without valid vectors), `"mean"` (over the images that have
+valid vectors) or `"sum"` (of loss_b n_b^2). Results are the loss, `(B,)` or a scalar, and log Z `(B, N)`,
+fp32, or fp64 for fp64 vectors. `rows` (in the dtype of the vectors) and `floats` (fp32) are what the backward
+pass reuses of the forward pass; only kernels on a GPU fill them, all others return them empty.
 
 The kernels below are plain PyTorch, in chunks of rows. The C++ extension (csrc/cpu) replaces them on the CPU,
 the Triton kernels (kernels/pdcr) on a GPU.
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from contrastseg_fast.affinity import Affinity
 from contrastseg_fast.equations import all_if_none
@@ -28,6 +32,16 @@ from contrastseg_fast.ops._library import (
     define,
     forbid_second_derivative,
     register_autograd,
+)
+from contrastseg_fast.problems import (
+    Call,
+    Problem,
+    Segment,
+    Source,
+    is_fused,
+    packed_width,
+    padded,
+    saved_floats,
 )
 
 OPERATION = Operation("pdcr_loss")
@@ -72,29 +86,57 @@ def _prepare(vectors: Tensor, ratios: Tensor, valid: Tensor | None) -> tuple[Ten
     return unit, inverse_length, ratios.to(unit.dtype), all_if_none(valid, vectors)
 
 
+def _shared(value: Tensor, vectors: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """A scalar or a number for every image, times what L / n^2 of the image counts in the mean or the sum."""
+    if reduction == "mean":
+        return value / (max(1, vectors.shape[0]) if valid is None else valid.any(1).sum().clamp(min=1))
+    if reduction == "sum":
+        return value * (vectors.shape[1] ** 2 if valid is None else valid.sum(1).square())
+    raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def _reduce(image_loss: Tensor, vectors: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """The loss from L / n^2 of every image `(B,)`."""
+    return image_loss if reduction == "none" else _shared(image_loss, vectors, valid, reduction).sum()
+
+
+def _image_grads(grad: Tensor, vectors: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """The gradient `(B,)` of L / n^2 of every image, from that of the loss."""
+    if reduction == "none":
+        return grad
+    return _shared(grad, vectors, valid, reduction).expand(vectors.shape[0])
+
+
+def _none_saved(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty `rows` and `floats`."""
+    return vectors.new_empty(0), vectors.new_empty(0, dtype=torch.float32)
+
+
 def _forward(
     vectors: Tensor,
     ratios: Tensor,
     valid: Tensor | None,
     affinity: Sequence[float],
+    reduction: str,
     _backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pair = Affinity.from_numbers(affinity)
     with torch.autocast(vectors.device.type, enabled=False):
-        unit, _, ratios, valid = _prepare(vectors, ratios, valid)
-        log_z = unit.new_zeros(valid.shape)
-        attraction = torch.zeros(valid.shape[0], dtype=torch.float64, device=unit.device)
-        for rows in row_chunks(valid, _CHUNK_ELEMENTS):
+        unit, _, ratios, included = _prepare(vectors, ratios, valid)
+        log_z = unit.new_zeros(included.shape)
+        attraction = torch.zeros(included.shape[0], dtype=torch.float64, device=unit.device)
+        for rows in row_chunks(included, _CHUNK_ELEMENTS):
             w, wbar = pair.weights(pair.distance(ratios[:, rows], ratios))
             similarity = unit[:, rows] @ unit.mT - pair.shift
             exponent = similarity * wbar / pair.temperature
-            exponent.masked_fill_(~valid[:, None, :], -torch.inf)
-            log_z[:, rows] = torch.where(valid[:, rows], exponent.logsumexp(-1), 0)
-            attraction += (similarity * w * _is_pair(valid, rows)).sum((1, 2), dtype=torch.float64)
-        count = valid.sum(1)
+            exponent.masked_fill_(~included[:, None, :], -torch.inf)
+            log_z[:, rows] = torch.where(included[:, rows], exponent.logsumexp(-1), 0)
+            attraction += (similarity * w * _is_pair(included, rows)).sum((1, 2), dtype=torch.float64)
+        count = included.sum(1)
         total = count * log_z.sum(1, dtype=torch.float64) - attraction / pair.temperature
-        loss = torch.where(count > 0, total / count.clamp(min=1).double().square(), 0)
-        return loss.to(unit.dtype), log_z
+        image_loss = torch.where(count > 0, total / count.clamp(min=1).double().square(), 0)
+        loss = _reduce(image_loss, vectors, valid, reduction)
+        return loss.to(unit.dtype), log_z, *_none_saved(vectors)
 
 
 def _backward(
@@ -103,11 +145,15 @@ def _backward(
     vectors: Tensor,
     ratios: Tensor,
     valid: Tensor | None,
+    _rows: Tensor,
+    _floats: Tensor,
     affinity: Sequence[float],
+    reduction: str,
     _backend: str = "auto",
 ) -> Tensor:
     pair = Affinity.from_numbers(affinity)
     with torch.autocast(vectors.device.type, enabled=False):
+        image_grads = _image_grads(grad, vectors, valid, reduction)
         unit, inverse_length, ratios, valid = _prepare(vectors, ratios, valid)
         count = valid.sum(1).to(unit.dtype)[:, None, None]
         grad_unit = torch.empty_like(unit)
@@ -118,22 +164,50 @@ def _backward(
             pair_weight = count * wbar * share - 2 * w
             grad_unit[:, rows] = pair_weight.masked_fill_(~_is_pair(valid, rows), 0) @ unit
         grad_unit -= (grad_unit * unit).sum(-1, keepdim=True) * unit
-        scale = grad.to(unit.dtype)[:, None, None] / (pair.temperature * count.clamp(min=1).square())
+        scale = image_grads.to(unit.dtype)[:, None, None] / (pair.temperature * count.clamp(min=1).square())
         return (grad_unit * scale * inverse_length).to(vectors.dtype).contiguous()
 
 
-def _takes_triton(vectors: Tensor, backend: str) -> bool:
-    return vectors.numel() > 0 and pick(OPERATION, backend, vectors, refused_by_triton(vectors)) == "triton"
+def takes_triton(vectors: Sequence[Tensor], backend: str, refused: str | None = None) -> bool:
+    """Whether the Triton kernels take these vectors of several sources together, which are on a GPU.
+
+    Args:
+        refused: the error for what else they do not take, None if they take it.
+    """
+    first = vectors[0]
+    if isinstance(first, FakeTensor) and not torch.cuda.is_available():
+        return False
+    if any(x.dtype != first.dtype or x.numel() == 0 for x in vectors):
+        return False
+    return pick(OPERATION, backend, first, refused_by_triton(first) or refused) == "triton"
+
+
+def _call(vectors: Tensor, ratios_stride: int, num_compared: int) -> Call:
+    """One problem of vectors `(B, N, C)`."""
+    count = vectors.shape[1]
+    source = Source.dense(vectors.shape, vectors.stride())
+    segment = Segment(0, 0, ratios_stride, 0, count)
+    return Call((source,), (Problem((segment,)),), num_compared, is_fused(vectors.dtype, vectors.shape[2]))
 
 
 def pdcr_forward_on_cuda(
-    vectors: Tensor, ratios: Tensor, valid: Tensor | None, affinity: Sequence[float], backend: str
-) -> tuple[Tensor, Tensor]:
-    if not _takes_triton(vectors, backend):
-        return _forward(vectors, ratios, valid, affinity)
+    vectors: Tensor,
+    ratios: Tensor,
+    valid: Tensor | None,
+    affinity: Sequence[float],
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not takes_triton([vectors], backend):
+        return _forward(vectors, ratios, valid, affinity, reduction)
     from contrastseg_fast.kernels import pdcr as kernels
 
-    return kernels.forward(vectors, ratios, valid, Affinity.from_numbers(affinity))
+    images, *strides = ratios.stride()
+    call = _call(vectors, images, ratios.shape[2])
+    valid = None if valid is None else valid.contiguous()
+    inputs = kernels.Inputs((vectors,), ratios, (strides[0], strides[1]), valid)
+    loss, log_z, saved = kernels.forward(call, inputs, Affinity.from_numbers(affinity), reduction)
+    return loss, log_z.view(vectors.shape[:2]), *saved
 
 
 def pdcr_backward_on_cuda(
@@ -142,46 +216,75 @@ def pdcr_backward_on_cuda(
     vectors: Tensor,
     ratios: Tensor,
     valid: Tensor | None,
+    rows: Tensor,
+    floats: Tensor,
     affinity: Sequence[float],
+    reduction: str,
     backend: str,
 ) -> Tensor:
-    if not _takes_triton(vectors, backend):
-        return _backward(grad, log_z, vectors, ratios, valid, affinity)
+    if rows.numel() == 0:
+        return _backward(grad, log_z, vectors, ratios, valid, rows, floats, affinity, reduction)
     from contrastseg_fast.kernels import pdcr as kernels
 
-    return kernels.backward(grad, log_z, vectors, ratios, valid, Affinity.from_numbers(affinity))
+    call = _call(vectors, 0, ratios.shape[2])
+    gradient = vectors.new_empty(vectors.shape)
+    packed = kernels.Packed(rows, floats)
+    kernels.backward(call, packed, log_z.contiguous(), Affinity.from_numbers(affinity), grad, (gradient,))
+    return gradient
 
 
-def _forward_fake(vectors: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+def saved_sizes(vectors: Tensor, num_compared: int, backend: str) -> tuple[int, int]:
+    """The sizes of `rows` and `floats`, for ratios of `num_compared` numbers each."""
+    if not vectors.is_cuda or not takes_triton([vectors], backend):
+        return 0, 0
+    images, count, channels = vectors.shape
+    width = packed_width(channels, is_fused(vectors.dtype, channels))
+    return images * padded(count) * width, images * saved_floats(count, width, num_compared)
+
+
+def _forward_fake(
+    vectors: Tensor, ratios: Tensor, _valid: Tensor | None, _affinity: Any, reduction: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
-    return vectors.new_empty(vectors.shape[0], dtype=dtype), vectors.new_empty(vectors.shape[:2], dtype=dtype)
+    num_rows, num_floats = saved_sizes(vectors, ratios.shape[-1], backend)
+    return (
+        vectors.new_empty(vectors.shape[:1] if reduction == "none" else (), dtype=dtype),
+        vectors.new_empty(vectors.shape[:2], dtype=dtype),
+        vectors.new_empty(num_rows),
+        vectors.new_empty(num_floats, dtype=torch.float32),
+    )
 
 
 def _backward_fake(_grad: Tensor, _log_z: Tensor, vectors: Tensor, *_others: Any) -> Tensor:
     return vectors.new_empty(vectors.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    vectors, ratios, valid, ctx.affinity, ctx.backend = inputs
-    _, log_z = output
-    ctx.save_for_backward(log_z, vectors, ratios, valid)
-    ctx.mark_non_differentiable(log_z)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    vectors, ratios, valid, *ctx.options = inputs
+    _, log_z, *saved = output
+    ctx.save_for_backward(log_z, vectors, ratios, valid, *saved)
+    ctx.mark_non_differentiable(log_z, *saved)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _grad_log_z: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_vectors = None
     if grad is not None and ctx.needs_input_grad[0]:
-        grad_vectors = pdcr_backward(grad, *ctx.saved_tensors, ctx.affinity, ctx.backend)
-    return grad_vectors, None, None, None, None
+        grad_vectors = pdcr_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_vectors, None, None, None, None, None
 
 
-_INPUTS = "Tensor vectors, Tensor ratios, Tensor? valid, float[] affinity, str backend"
+_OPTIONS = "float[] affinity, str reduction, str backend"
 pdcr_forward = define(
-    f"pdcr_forward({_INPUTS}) -> (Tensor loss, Tensor log_z)", _forward, _forward_fake, pdcr_forward_on_cuda
+    f"pdcr_forward(Tensor vectors, Tensor ratios, Tensor? valid, {_OPTIONS}) -> "
+    "(Tensor loss, Tensor log_z, Tensor rows, Tensor floats)",
+    _forward,
+    _forward_fake,
+    pdcr_forward_on_cuda,
 )
 pdcr_backward = define(
-    f"pdcr_backward(Tensor grad, Tensor log_z, {_INPUTS}) -> Tensor",
+    "pdcr_backward(Tensor grad, Tensor log_z, Tensor vectors, Tensor ratios, Tensor? valid, Tensor rows, "
+    f"Tensor floats, {_OPTIONS}) -> Tensor",
     _backward,
     _backward_fake,
     pdcr_backward_on_cuda,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contrastseg_fast import _backend, sampling
 from contrastseg_fast.sampling import gather_vectors
 from gpu.oracle import any_order, channels_last, normwise_error, strided
 
@@ -51,6 +52,59 @@ def test_vectors_and_gradients(
         assert not gradient[expected == 0].any()
     else:
         assert torch.equal(gradient.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last, strided])
+@pytest.mark.parametrize("sampler", ["grid", "raster"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_planned_vectors_and_gradients(device, sampler: str, shape: tuple[int, ...], layout, dtype) -> None:
+    features = layout(torch.randn(shape, device=device).to(dtype)).requires_grad_()
+    places = sampling.place(sampler, shape[2:], 20, None, device)
+    vectors = sampling.gather_at(features, places, "auto")
+    expected = take(features, places.indices)
+    assert torch.equal(vectors, expected)
+    grad = torch.randn_like(vectors)
+    with any_order():
+        (exact,) = torch.autograd.grad(expected, features, grad)
+    assert torch.equal(torch.autograd.grad(vectors, features, grad)[0], exact)
+
+
+def test_a_map_whose_numbers_need_64_bits(device, fit) -> None:
+    extent = fit(256, 12)
+    features = torch.arange(extent**3, dtype=torch.float64, device=device).view(1, 1, extent, extent, extent)
+    features.requires_grad_()
+    places = sampling.place("raster", tuple(features.shape[2:]), 4096, None, device)
+    vectors = sampling.gather_at(features, places, "auto")
+    assert torch.equal(vectors.flatten().long(), places.positions)
+    (gradient,) = torch.autograd.grad(vectors, features, vectors + 1)
+    assert torch.equal(gradient.flatten()[places.positions], vectors.flatten() + 1)
+    assert gradient.count_nonzero() == vectors.numel()
+
+
+def test_gradients_of_several_maps_in_one_launch(device) -> None:
+    if reason := _backend.unavailable("triton", device):
+        pytest.skip(reason)
+    from contrastseg_fast.kernels.gather import gather_vectors_backward, scatter_gradients
+
+    grads, given, plans, shapes, last, expected = [], [], [], [], [], []
+    for layer, shape in enumerate((*SHAPES.values(), *SHAPES.values())):
+        sampler = ("grid", "random", "raster")[layer % 3]
+        places = sampling.place(sampler, shape[2:], 20, None, device)
+        plan = [] if places.plan is None else places.plan.numbers
+        grads.append(
+            torch.randn(shape[0], len(places.positions), shape[1], device=device).to(DTYPES[layer % 3])
+        )
+        given.append(places.given)
+        plans.append(places.plan)
+        shapes.append(shape)
+        last.append(layer % 2 == 1)
+        expected.append(gather_vectors_backward(grads[-1], places.given, plan, shape, last[-1]))
+    results = scatter_gradients(grads, given, plans, shapes, last)
+    for result, single, shape, is_last in zip(results, expected, shapes, last, strict=True):
+        assert result.shape == shape
+        assert (result.movedim(1, -1) if is_last else result).is_contiguous()
+        assert torch.equal(result, single)
 
 
 def test_strided_gradients_and_no_vectors(device) -> None:

@@ -1,32 +1,123 @@
-"""The ratios of patches, from the words of their pixels or from running sums of them."""
+"""The ratios of sets of patches in one launch, from the words of their pixels or from sums of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastseg_fast.kernels._device_table import device_table
 from contrastseg_fast.kernels.foreground_ratio import plan
-from contrastseg_fast.kernels.foreground_ratio.words import COUNTING, class_words
+from contrastseg_fast.kernels.foreground_ratio.words import class_words, comparison_type
+from contrastseg_fast.kernels.sample_plan import planned_position
 
+# Strides of columns may be specialised for being 1: lanes then lie along columns in every Triton.
 _UNSPECIALIZED = (
-    *COUNTING,
-    *("num_words", "first_word", "num_patches", "area"),
-    *("extent_z", "extent_y", "extent_x", "size_z", "size_y", "size_x"),
-    *(f"source_stride_{axis}" for axis in "bwzyx"),
-    *(f"starts_stride_{axis}" for axis in "bnd"),
+    *("images", "num_classes", "ignore_index", "extent_z", "extent_y", "extent_x"),
+    *(f"source_stride_{axis}" for axis in "bwzy"),
+    *(f"table_stride_{axis}" for axis in "bw"),
 )
 
 
+class Ratios(NamedTuple):
+    """The results of sets of patches, one set after another in flat fp32 tensors.
+
+    Attributes:
+        ratios: of set k, `(B, N_k, M)`.
+        valid_fraction: of set k, `(B, N_k)`.
+        inside: of set k, `(B, N_k, M)`; empty if not wanted.
+    """
+
+    ratios: Tensor
+    valid_fraction: Tensor
+    inside: Tensor
+
+
+# Where the integers of a record lie.
+_RECORD = tl.constexpr(plan.RECORD)
+_TILE = tl.constexpr(plan.place("tile"))
+_NUM_PATCHES = tl.constexpr(plan.place("num_patches"))
+_FIRST_PATCH = tl.constexpr(plan.place("first_patch"))
+_FIRST_WORD = tl.constexpr(plan.place("first_word"))
+_NUM_WORDS = tl.constexpr(plan.place("num_words"))
+_CLASSES_PER_WORD = tl.constexpr(plan.place("classes_per_word"))
+_FIELD_BITS = tl.constexpr(plan.place("field_bits"))
+_AREA = tl.constexpr(plan.place("area"))
+_GIVEN = tl.constexpr(plan.place("given"))
+_SIZE = tl.constexpr(plan.place("size"))
+_TERMS = tl.constexpr(plan.place("terms"))
+_STARTS_STRIDES = tl.constexpr(plan.place("starts_strides"))
+_SHAPE = tl.constexpr(plan.place("shape"))
+_EXTENTS = tl.constexpr(plan.place("extents"))
+_COUNTS = tl.constexpr(plan.place("counts"))
+_GRID_STRIDES = tl.constexpr(plan.place("grid_strides"))
+_GRID_STARTS = tl.constexpr(plan.place("grid_starts"))
+_GRID_UNITS = tl.constexpr(plan.place("grid_units"))
+
+
 @triton.jit
-def _part_inside(starts_ptrs, present, extent, size):
+def _three(record_ptr, PLACE: tl.constexpr):
+    """Three integers of a record, of planes, rows and columns."""
+    return tl.load(record_ptr + PLACE), tl.load(record_ptr + PLACE + 1), tl.load(record_ptr + PLACE + 2)
+
+
+@triton.jit
+def _given_starts(
+    starts_ptrs, record_ptr, image, patch, present, DIMS: tl.constexpr, NUM_GIVEN: tl.constexpr
+):
+    """Where patches begin along the axes of the image, from one of several tensors."""
+    given = tl.load(record_ptr + _GIVEN)
+    stride_b, stride_n, stride_d = _three(record_ptr, _STARTS_STRIDES)
+    offsets = image * stride_b + patch * stride_n
+    start_z = tl.zeros(patch.shape, tl.int64)
+    start_y = start_z
+    start_x = start_z
+    for k in tl.static_range(NUM_GIVEN):
+        if given == k:
+            ptrs = starts_ptrs[k] + offsets
+            if DIMS == 3:
+                start_z = tl.load(ptrs, present, 0).to(tl.int64)
+            if DIMS >= 2:
+                start_y = tl.load(ptrs + (DIMS - 2) * stride_d, present, 0).to(tl.int64)
+            start_x = tl.load(ptrs + (DIMS - 1) * stride_d, present, 0).to(tl.int64)
+    return start_z, start_y, start_x
+
+
+@triton.jit
+def _first_pixel(coordinate, stride, start, unit):
+    """`floor((coordinate * stride + start) / unit)`, of which the number divided may be negative."""
+    number = coordinate * stride.to(coordinate.dtype) + start.to(coordinate.dtype)
+    unit = unit.to(coordinate.dtype)
+    rest = number % unit  # of the sign of the number
+    return ((number - tl.where(rest < 0, rest + unit, rest)) // unit).to(tl.int64)
+
+
+@triton.jit
+def _planned_starts(record_ptr, patch, INDEX: tl.constexpr):
+    """Where patches begin along planes, rows and columns, from where their vectors lie in the map."""
+    extent_z, extent_y, extent_x = _three(record_ptr, _EXTENTS)
+    count_z, count_y, count_x = _three(record_ptr, _COUNTS)
+    _, shape_y, shape_x = _three(record_ptr, _SHAPE)
+    stride_z, stride_y, stride_x = _three(record_ptr, _GRID_STRIDES)
+    start_z, start_y, start_x = _three(record_ptr, _GRID_STARTS)
+    unit_z, unit_y, unit_x = _three(record_ptr, _GRID_UNITS)
+    shape_y, shape_x = shape_y.to(INDEX), shape_x.to(INDEX)
+    position = planned_position(patch.to(INDEX), extent_z, extent_y, extent_x, count_z, count_y, count_x)
+    row = position // shape_x
+    return (
+        _first_pixel(row // shape_y, stride_z, start_z, unit_z),
+        _first_pixel(row % shape_y, stride_y, start_y, unit_y),
+        _first_pixel(position % shape_x, stride_x, start_x, unit_x),
+    )
+
+
+@triton.jit
+def _part_inside(start, extent, size):
     """Where patches begin and end in the image along an axis."""
-    start = tl.load(starts_ptrs, present, 0).to(tl.int64)
-    size = size.to(tl.int64)
     start = tl.minimum(tl.maximum(start, -size), extent.to(tl.int64))
     begin = tl.maximum(start, 0)
     end = tl.maximum(tl.minimum(start + size, extent), begin)
@@ -34,11 +125,18 @@ def _part_inside(starts_ptrs, present, extent, size):
 
 
 @triton.jit
-def _term(number, begin, end, SUMMED: tl.constexpr):
-    """The coordinate of a term of a sum along an axis, whether it exists, and whether it is subtracted."""
-    if SUMMED:
-        coordinate = tl.where(number == 0, end, begin) - 1
-        return coordinate, (number < 2) & (coordinate >= 0), number == 1
+def _term(number, begin, end, SEGMENT: tl.constexpr):
+    """The coordinate of a term of a sum along an axis, whether it exists, and whether it is subtracted.
+
+    In segments, term 0 is the sum before the begin. The others are the totals of the segments that the patch
+    touches, up to its end.
+    """
+    if SEGMENT > 0:
+        first = begin // SEGMENT
+        offset = (first + number - 1) * SEGMENT
+        coordinate = tl.where(number == 0, begin, offset + tl.minimum(end - offset, SEGMENT)) - 1
+        touched = number <= (end - 1) // SEGMENT - first + 1
+        return coordinate, tl.where(number == 0, begin % SEGMENT > 0, touched) & (begin < end), number == 0
     coordinate = begin + number
     return coordinate, coordinate < end, number < 0
 
@@ -60,40 +158,36 @@ def _ratio(numerator, denominator, BELOW_2_24: tl.constexpr):
     return tl.where(positive, quotient, 0.0)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def patch_ratio_kernel(
-    source_ptr,  # labels (B, Z, Y, X), any strides; or words (B, W, Z, Y, X)
-    starts_ptr,  # (B, N, D), any strides
-    ratios_ptr,  # (B, N, M)
-    valid_fraction_ptr,  # (B, N)
-    inside_ratios_ptr,  # (B, N, M) or None
-    num_patches,
-    num_words,
-    first_word,
-    unit,
-    area,
-    extent_z,
-    extent_y,
-    extent_x,
-    size_z,
-    size_y,
-    size_x,
-    source_stride_b,
+@triton.jit
+def _write_ratios(
+    source_ptr,
     source_stride_w,
     source_stride_z,
     source_stride_y,
     source_stride_x,
-    starts_stride_b,
-    starts_stride_n,
-    starts_stride_d,
-    classes_per_word,
+    record_ptr,
+    image,
+    source_word,
+    patch,
+    present,
+    start_z,
+    start_y,
+    start_x,
+    ratios_ptr,
+    valid_fraction_ptr,
+    inside_ratios_ptr,
+    unit,
     num_classes,
-    field_bits,
     ignore_index,
+    extent_z,
+    extent_y,
+    extent_x,
     DIMS: tl.constexpr,
-    SUMMED: tl.constexpr,
+    SEGMENT_Z: tl.constexpr,
+    SEGMENT_Y: tl.constexpr,
+    SEGMENT_X: tl.constexpr,
     SOFT: tl.constexpr,
-    BELOW_2_24: tl.constexpr,  # whether all counts are integers below 2^24
+    BELOW_2_24: tl.constexpr,
     BORDER: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     LABEL: tl.constexpr,
@@ -103,51 +197,42 @@ def patch_ratio_kernel(
     BLOCK_X: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """Ratios and valid fractions of patches; source holds labels unless SOFT or some axis is SUMMED."""
-    SUMMED_Z: tl.constexpr = DIMS == 3 and SUMMED >= 1
-    SUMMED_Y: tl.constexpr = DIMS >= 2 and DIMS - 2 < SUMMED
-    SUMMED_X: tl.constexpr = DIMS - 1 < SUMMED
-    blocks = tl.cdiv(num_patches, BLOCK_PATCHES)
-    layer = (tl.program_id(0) // blocks).to(tl.int64)
-    image = layer // num_words
-    source_word = layer % num_words
-    word = first_word + source_word
-    first_patch = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_PATCHES
-    patch = first_patch + tl.arange(0, BLOCK_PATCHES)  # [BLOCK_PATCHES]
-    present = patch < num_patches
-    starts_ptrs = starts_ptr + image * starts_stride_b + patch * starts_stride_n
+    """Ratios and valid fractions of some patches of a set, for the classes of a word of its source."""
+    SUMMED: tl.constexpr = SEGMENT_Z + SEGMENT_Y + SEGMENT_X > 0
+    size_z, size_y, size_x = _three(record_ptr, _SIZE)
     begin_z = tl.zeros([BLOCK_PATCHES], tl.int32)
     end_z = begin_z + 1
     begin_y = begin_z
     end_y = end_z
     if DIMS == 3:
-        begin_z, end_z = _part_inside(starts_ptrs, present, extent_z, size_z)
+        begin_z, end_z = _part_inside(start_z, extent_z, size_z)
     if DIMS >= 2:
-        begin_y, end_y = _part_inside(starts_ptrs + (DIMS - 2) * starts_stride_d, present, extent_y, size_y)
-    begin_x, end_x = _part_inside(starts_ptrs + (DIMS - 1) * starts_stride_d, present, extent_x, size_x)
+        begin_y, end_y = _part_inside(start_y, extent_y, size_y)
+    begin_x, end_x = _part_inside(start_x, extent_x, size_x)
 
-    terms_z = 2 if SUMMED_Z else tl.minimum(size_z, extent_z).to(tl.int32)
-    terms_y = 2 if SUMMED_Y else tl.minimum(size_y, extent_y).to(tl.int32)
-    terms_x = 2 if SUMMED_X else tl.minimum(size_x, extent_x).to(tl.int32)
-    source_ptr += image * source_stride_b
+    word = tl.load(record_ptr + _FIRST_WORD).to(tl.int32) + source_word
+    classes_per_word = tl.load(record_ptr + _CLASSES_PER_WORD).to(tl.int32)
+    field_bits = tl.load(record_ptr + _FIELD_BITS).to(tl.int32)
+    terms_z, terms_y, terms_x = _three(record_ptr, _TERMS)
+    terms_z, terms_y, terms_x = terms_z.to(tl.int32), terms_y.to(tl.int32), terms_x.to(tl.int32)
     sums = tl.zeros([BLOCK_PATCHES, BLOCK_Y, BLOCK_X], WORD)
     ignored_sums = sums
     for number_z in range(terms_z):
-        z, has_z, minus_z = _term(number_z, begin_z, end_z, SUMMED_Z)  # [BLOCK_PATCHES]
+        z, has_z, minus_z = _term(number_z, begin_z, end_z, SEGMENT_Z)  # [BLOCK_PATCHES]
         has_z = has_z & present
         planes_ptr = source_ptr + z.to(tl.int64) * source_stride_z
         for first_y in range(0, terms_y, BLOCK_Y):
             number_y = (first_y + tl.arange(0, BLOCK_Y))[None, :]
-            y, has_y, minus_y = _term(number_y, begin_y[:, None], end_y[:, None], SUMMED_Y)
+            y, has_y, minus_y = _term(number_y, begin_y[:, None], end_y[:, None], SEGMENT_Y)
             has_y = has_y & has_z[:, None]  # [BLOCK_PATCHES, BLOCK_Y]
-            minus_y = minus_y ^ minus_z if SUMMED_Z else minus_y
+            minus_y = minus_y ^ minus_z if SEGMENT_Z > 0 else minus_y
             rows_ptr = planes_ptr[:, None] + y.to(tl.int64) * source_stride_y
             for first_x in range(0, terms_x, BLOCK_X):
                 number_x = (first_x + tl.arange(0, BLOCK_X))[None, :]
-                x, has_x, minus_x = _term(number_x, begin_x[:, None], end_x[:, None], SUMMED_X)
+                x, has_x, minus_x = _term(number_x, begin_x[:, None], end_x[:, None], SEGMENT_X)
                 inside = has_y[:, :, None] & has_x[:, None, :]  # [BLOCK_PATCHES, BLOCK_Y, BLOCK_X]
                 ptrs = rows_ptr[:, :, None] + (x.to(tl.int64) * source_stride_x)[:, None, :]
-                if SOFT or SUMMED > 0:
+                if SOFT or SUMMED:
                     words = tl.load(ptrs + source_word * source_stride_w, inside, 0)
                 else:
                     labels = tl.load(ptrs, inside, 0)
@@ -163,18 +248,18 @@ def patch_ratio_kernel(
                         WORD,
                         HAS_IGNORE,
                     )
-                if SUMMED > 0:
+                if SUMMED:
                     minus = minus_y[:, :, None] ^ minus_x[:, None, :]
                     words = tl.where(minus, -words, words)
                 sums += words
                 if SOFT and HAS_IGNORE:
                     words = tl.load(ptrs + num_classes.to(tl.int64) * source_stride_w, inside, 0)
-                    if SUMMED > 0:
+                    if SUMMED:
                         words = tl.where(minus, -words, words)
                     ignored_sums += words
 
     total = tl.sum(tl.sum(sums, 2), 1)[:, None]  # [BLOCK_PATCHES, 1]
-    area = area.to(tl.float64)
+    area = tl.load(record_ptr + _AREA).to(tl.float64)
     inside_area = ((end_z - begin_z).to(tl.float64) * (end_y - begin_y) * (end_x - begin_x))[:, None]
     ignored = tl.zeros([BLOCK_PATCHES, 1], tl.float64)
     field = tl.arange(0, FIELDS)[None, :]  # those of the classes, and one more for the valid fraction
@@ -193,7 +278,7 @@ def patch_ratio_kernel(
         pixels = (total >> (shift * field_bits).to(WORD) & room).to(tl.float64)
     of_class = field < classes_per_word
     valid = inside_area - ignored
-    result = (image * num_patches + patch)[:, None]
+    result = (image * tl.load(record_ptr + _NUM_PATCHES) + patch)[:, None]
     present = present[:, None]
     ratio_offsets = result * num_classes + index
     has_ratio = present & of_class & (index < num_classes)
@@ -211,58 +296,170 @@ def patch_ratio_kernel(
         tl.store(valid_fraction_ptr + result + field * 0, ratio, present & (field == classes_per_word))
 
 
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def patch_ratio_kernel(
+    source_ptr,  # labels (B, Z, Y, X), any strides; or words (B, W, Z, Y, X)
+    table_ptr,  # sums of words (B, W, Z, Y, X), contiguous; or None
+    starts_ptrs,  # of the sets whose starts are given, each (B, N_k, D), any strides
+    records_ptr,  # (SETS, RECORD), by first_program; those of no set begin beyond the last program
+    ratios_ptr,  # of each set (B, N_k, M)
+    valid_fraction_ptr,  # of each set (B, N_k)
+    inside_ratios_ptr,  # of each set (B, N_k, M), or None
+    images,
+    unit,
+    num_classes,
+    ignore_index,
+    extent_z,
+    extent_y,
+    extent_x,
+    source_stride_b,
+    source_stride_w,
+    source_stride_z,
+    source_stride_y,
+    source_stride_x,
+    table_stride_b,
+    table_stride_w,
+    DIMS: tl.constexpr,
+    SEGMENT_Z: tl.constexpr,  # of the table; 0 along axes that are not summed
+    SEGMENT_Y: tl.constexpr,
+    SEGMENT_X: tl.constexpr,
+    SOFT: tl.constexpr,
+    BELOW_2_24: tl.constexpr,  # whether all counts are integers below 2^24
+    BORDER: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    LABEL: tl.constexpr,
+    TILES: tl.constexpr,  # `plan.Tile`s
+    NUM_TILES: tl.constexpr,
+    NUM_GIVEN: tl.constexpr,
+    HAS_PLANNED: tl.constexpr,
+    INDEX: tl.constexpr,  # in which starts are planned
+    SETS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Ratios and valid fractions of several sets of patches. Each program takes some patches of one set."""
+    program = tl.program_id(0)
+    if SETS > 1:
+        first_programs = tl.load(records_ptr + tl.arange(0, SETS) * _RECORD)
+        earlier = first_programs <= program
+        records_ptr += (tl.sum(earlier.to(tl.int32)) - 1) * _RECORD
+        program -= tl.max(tl.where(earlier, first_programs, 0)).to(tl.int32)
+    tile = tl.load(records_ptr + _TILE)
+    num_patches = tl.load(records_ptr + _NUM_PATCHES)
+    num_words = tl.load(records_ptr + _NUM_WORDS).to(tl.int32)
+    first_result = tl.load(records_ptr + _FIRST_PATCH) * images
+    for k in tl.static_range(NUM_TILES):
+        if tile == k:
+            FROM_TABLE: tl.constexpr = TILES[k][0]
+            BLOCK_PATCHES: tl.constexpr = TILES[k][2]
+            blocks = tl.cdiv(num_patches, BLOCK_PATCHES).to(tl.int32)
+            layer = program // blocks
+            image = (layer // num_words).to(tl.int64)
+            patch = (program % blocks).to(tl.int64) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+            present = patch < num_patches  # [BLOCK_PATCHES]
+            start_z, start_y, start_x = _given_starts(
+                starts_ptrs, records_ptr, image, patch, present, DIMS, NUM_GIVEN
+            )
+            if HAS_PLANNED:
+                planned = tl.load(records_ptr + _GIVEN) < 0
+                if planned:
+                    start_z, start_y, start_x = _planned_starts(records_ptr, patch, INDEX)
+            _write_ratios(
+                table_ptr + image * table_stride_b if FROM_TABLE else source_ptr + image * source_stride_b,
+                table_stride_w if FROM_TABLE else source_stride_w,
+                tl.cast(extent_y, tl.int64) * extent_x if FROM_TABLE else source_stride_z,
+                extent_x if FROM_TABLE else source_stride_y,
+                1 if FROM_TABLE else source_stride_x,
+                records_ptr,
+                image,
+                layer % num_words,
+                patch,
+                present,
+                start_z,
+                start_y,
+                start_x,
+                ratios_ptr + first_result * num_classes,
+                valid_fraction_ptr + first_result,
+                inside_ratios_ptr + first_result * num_classes if inside_ratios_ptr is not None else None,
+                unit,
+                num_classes,
+                ignore_index,
+                extent_z,
+                extent_y,
+                extent_x,
+                DIMS,
+                SEGMENT_Z if FROM_TABLE else 0,
+                SEGMENT_Y if FROM_TABLE else 0,
+                SEGMENT_X if FROM_TABLE else 0,
+                SOFT,
+                BELOW_2_24,
+                BORDER,
+                HAS_IGNORE,
+                LABEL,
+                tl.int64 if TILES[k][1] else tl.int32,
+                BLOCK_PATCHES,
+                TILES[k][3],
+                TILES[k][4],
+                FIELDS,
+            )
+
+
 def write_ratios(
     source: Tensor,
-    starts: Tensor,
-    size: Sequence[int],
+    table: Tensor | None,
+    request: plan.Request,
+    patch_sets: Sequence[plan.PatchSet],
+    counted: Sequence[plan.Counted],
+    segments: Sequence[int],
+    results: Ratios,
     border: str,
-    results: tuple[Tensor, Tensor, Tensor],
-    *,
-    fields: plan.Fields,
-    first_word: int,
-    num_words: int,
+    ignore_index: int | None,
     unit: float,
-    soft: bool,
-    summed_axes: int,
-    counting: dict[str, Any],
 ) -> None:
-    """Fill the ratios of the classes in some words, and with the first word the valid fractions.
+    """Fill the ratios of the classes in some words of sets, and with word 0 the valid fractions.
 
     Args:
-        source: labels `(B, *spatial)`, or words `(B, num_words, *spatial)` if soft or summed up.
-        results: ratios, valid fractions, and ratios inside the image; the last may be empty.
+        source: labels `(B, *spatial)`, or words `(B, W, *spatial)` if soft.
+        table: sums of the words, if any set is counted from it.
+        patch_sets: all sets of the call.
+        counted: those of this launch.
+        segments: of the table, the segments' length along each summed axis.
         unit: what a count of one means.
-        counting: what `counting_arguments` gives.
     """
-    ratios, valid_fraction, inside_ratios = results
-    dims = len(size)
-    images, num_patches, extents = source.shape[0], starts.shape[-2], source.shape[-dims:]
-    block_patches, block_y, block_x = plan.patch_tile(extents, size, summed_axes)
-    patch_ratio_kernel[(plan.cdiv(num_patches, block_patches) * images * num_words,)](
+    dims = len(request.extents)
+    launch = plan.patch_launch(request, patch_sets, counted, segments)
+    launched = [patch_sets[each.number] for each in counted]
+    given = tuple(patches.starts for patches in launched if patches.starts is not None)
+    planned = [patches for patches in launched if patches.starts is None]
+    below_2_24 = all(math.prod(patches.size) < 1 << 24 for patches in launched)
+    patch_ratio_kernel[(launch.programs,)](
         source_ptr=source,
-        starts_ptr=starts,
-        ratios_ptr=ratios,
-        valid_fraction_ptr=valid_fraction,
-        inside_ratios_ptr=inside_ratios if inside_ratios.numel() > 0 else None,
-        num_patches=num_patches,
-        num_words=num_words,
-        first_word=first_word,
+        table_ptr=table,
+        starts_ptrs=given,
+        records_ptr=device_table(launch.records, source.device),
+        ratios_ptr=results.ratios,
+        valid_fraction_ptr=results.valid_fraction,
+        inside_ratios_ptr=results.inside if results.inside.numel() > 0 else None,
+        images=request.images,
         unit=unit,
-        area=math.prod(size),
-        **plan.named("extent", "zyx", plan.three(extents, 1)),
-        **plan.named("size", "zyx", plan.three(size, 1)),
+        num_classes=request.num_classes,
+        ignore_index=ignore_index or 0,
+        **plan.named("extent", "zyx", plan.three(request.extents, 1)),
         **plan.named("source_stride", "bwzyx", plan.strides(source, dims)),
-        **plan.named("starts_stride", "bnd", (*(0,) * (3 - starts.ndim), *starts.stride())),
-        **counting,
+        **plan.named("table_stride", "bw", (0, 0) if table is None else table.stride()[:2]),
         DIMS=dims,
-        SUMMED=summed_axes,
-        SOFT=soft,
-        BELOW_2_24=math.prod(size) < 1 << 24 and not soft,
+        **plan.named("SEGMENT", "ZYX", plan.three((*segments, *(0,) * (dims - len(segments))), 0)),
+        SOFT=request.soft,
+        BELOW_2_24=below_2_24 and not request.soft,
         BORDER=border,
-        BLOCK_PATCHES=block_patches,
-        BLOCK_Y=block_y,
-        BLOCK_X=block_x,
-        FIELDS=plan.next_power_of_2(fields.classes_per_word + 1),
+        HAS_IGNORE=ignore_index is not None,
+        LABEL=comparison_type(source.dtype),
+        TILES=tuple(map(tuple, launch.tiles)),
+        NUM_TILES=len(launch.tiles),
+        NUM_GIVEN=len(given),
+        HAS_PLANNED=len(planned) > 0,
+        INDEX=tl.int64 if any(patches.is_wide for patches in planned) else tl.int32,
+        SETS=len(launch.records) // plan.RECORD,
+        FIELDS=plan.next_power_of_2(max(each.fields.classes_per_word for each in counted) + 1),
         num_warps=plan.PATCH_WARPS,
         enable_fp_fusion=True,
     )

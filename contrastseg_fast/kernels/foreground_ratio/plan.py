@@ -1,39 +1,90 @@
-"""How foreground ratios are counted: fields of words, summed axes, tiles. Imports torch only."""
+"""How foreground ratios are counted: fields of words, tables of sums, tiles. Imports torch only."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _MOST_FIELDS = 16  # of a word
-_TABLE_BYTES = 1 << 28  # running sums held at a time; more words come in several rounds
+_TABLE_BYTES = 1 << 28  # of a table held at a time; more words come in several rounds
 
-# What `choose_summed_axes` weighs launches by: estimates from an H100's clock, caches and latencies.
-_ELEMENTS_PER_US = 0.8e6  # pixels turned into words, or words added
-_BYTES_PER_US = 2.0e6
-_STEP_US = 0.8  # a load that the next one waits for
-_LAUNCH_US = 2.0
+# What `choose_sums` weighs launches by, from times measured on an H100.
+_LAUNCH_US = 2.2  # within a graph
+_BYTES_PER_US = 1.85e6  # a sum of 16.8 MB of labels takes 9.1 us beside its launch
+_ROW_BYTES = 64  # read in vain, since rows of patches begin and end anywhere in what is read at once
+_ELEMENTS_PER_US = 1.6e6  # pixels turned into words, or words added
+_SHUFFLED_PER_US = 0.4e6  # words summed up across the lanes of a warp: an estimate
+_STEP_US = 0.3  # a load that the next one waits for
 
 PATCH_ELEMENTS, PATCH_WARPS = 1024, 4  # of a program
 _MOST_PATCHES = 32  # of a program
 FIXED_POINT_ELEMENTS, FIXED_POINT_WARPS = 512, 4
 
+# Lanes of a warp lie along rows. A thread holds all words of a segment along other axes, 64 at most, which
+# are its loads in flight: sums along these axes take no shuffles.
+SUM_LANES, SUM_WARPS = 32, 1
+# Lengths of segments to choose from, by the number of axes and how many of them are summed.
+_SEGMENTS = {
+    (1, 1): ((256,),),
+    (2, 1): ((32,), (64,)),
+    (2, 2): ((32, 32), (64, 32)),
+    (3, 1): ((16,), (32,), (64,)),
+    (3, 2): ((8, 8),),
+    (3, 3): ((8, 8, 32),),
+}
 
-class SumLaunch(NamedTuple):
-    """What one program sums up: some lines, a part of their length at a time."""
 
-    block_lines: int
-    block_length: int
-    num_warps: int
+class PatchSet(NamedTuple):
+    """Patches of one size, and where they start: at `starts`, or as the vectors of a sample lie in a map.
+
+    Vector n of a planned sample lies at step `i = unravel(n, counts)` of a grid over the map, at coordinate
+    `floor((2 i + 1) * extents / (2 * counts))` along each axis of the grid. With one axis, the grid runs
+    along the raster order of the map.
+
+    Attributes:
+        size: of a patch along each of the D axes, in pixels.
+        starts: the first pixels `(N, D)` or `(B, N, D)`, any integer dtype and strides; None if planned.
+        spatial_shape: of the map, D extents.
+        extents: of the map along each axis of the grid: `spatial_shape`, or the product of it.
+        counts: points of the grid along each of its axes.
+        grids: for each of the D axes `(stride, start, unit)`: the patch at coordinate i of the map begins at
+            pixel `floor((i * stride + start) / unit)`.
+    """
+
+    size: tuple[int, ...]
+    starts: Tensor | None = None
+    spatial_shape: tuple[int, ...] = ()
+    extents: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.counts) if self.starts is None else self.starts.shape[-2]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether computing the starts of planned patches takes 64-bit integers."""
+        steps = [2 * count * extent for count, extent in zip(self.counts, self.extents, strict=True)]
+        pixels = [
+            extent * abs(stride) + abs(start) + unit
+            for extent, (stride, start, unit) in zip(self.spatial_shape, self.grids, strict=True)
+        ]
+        return max(*steps, *pixels, math.prod(self.extents)) >= 1 << 31
 
 
-# By the length of the lines (the last entry serves all longer ones).
-SUM_DOWN = {32: SumLaunch(32, 32, 4), 256: SumLaunch(16, 128, 8)}
-SUM_ALONG_ROWS = {32: SumLaunch(32, 32, 4), 256: SumLaunch(4, 256, 4)}
+class Boxes(NamedTuple):
+    """The patches of a set as far as the plan needs them."""
+
+    size: tuple[int, ...]
+    num_patches: int  # in an image
 
 
 class Fields(NamedTuple):
@@ -43,6 +94,23 @@ class Fields(NamedTuple):
     classes_per_word: int
     num_words: int
     dtype: torch.dtype
+
+
+class Sums(NamedTuple):
+    """A table of words, summed up along leading axes within segments, and which sets of patches use it."""
+
+    segments: tuple[int, ...]  # the length along each summed axis, a power of two
+    used: tuple[bool, ...]
+
+
+class Tile(NamedTuple):
+    """What a program of the patch kernel takes at once, and from where."""
+
+    from_table: bool
+    wide_words: bool  # int64, else int32
+    block_patches: int
+    block_y: int
+    block_x: int
 
 
 def cdiv(a: int, b: int) -> int:
@@ -67,9 +135,13 @@ def most_pixels(extents: Sequence[int], size: Sequence[int]) -> int:
     return math.prod(min(pair) for pair in zip(extents, size, strict=True))
 
 
-def fixed_point_scale(extents: Sequence[int], size: Sequence[int]) -> float:
-    """What soft labels are multiplied by: 2^40, or less so that the sum of a patch fits into 52 bits."""
-    return 2.0 ** min(40, 52 - most_pixels(extents, size).bit_length())
+def fixed_point_scale(area: int) -> float:
+    """What soft labels are multiplied by: 2^40, or less so that the sum of a patch fits into 52 bits.
+
+    Args:
+        area: the most pixels that a patch can hold.
+    """
+    return 2.0 ** min(40, 52 - area.bit_length())
 
 
 def choose_fields(num_classes: int, has_ignore: bool, area: int, soft: bool = False) -> Fields:
@@ -90,7 +162,7 @@ def choose_fields(num_classes: int, has_ignore: bool, area: int, soft: bool = Fa
 
 def words_at_once(fields: Fields, num_pixels: int) -> int:
     """How many words per pixel are summed up at a time, so that the sums fit into `_TABLE_BYTES`."""
-    return max(1, min(fields.num_words, _TABLE_BYTES // (num_pixels * fields.dtype.itemsize)))
+    return max(1, min(fields.num_words, _TABLE_BYTES // max(num_pixels * fields.dtype.itemsize, 1)))
 
 
 def _block(terms: int) -> int:
@@ -100,58 +172,293 @@ def _block(terms: int) -> int:
     return min((32, 16, 8), key=lambda block: cdiv(terms, block) * block)
 
 
-def _terms(extents: Sequence[int], size: Sequence[int], summed: int) -> list[int]:
-    """Terms of a patch's sum along planes, rows and columns; as many leading axes are summed up."""
-    terms = [2 if axis < summed else min(pair) for axis, pair in enumerate(zip(extents, size, strict=True))]
-    return three(terms, 1)
+def _segments_passed(length: int, segment: int, extent: int) -> int:
+    """The most segments that a run of pixels can touch."""
+    return min((length + segment - 2) // segment + 1, cdiv(extent, segment))
 
 
-def patch_tile(extents: Sequence[int], size: Sequence[int], summed: int) -> tuple[int, int, int]:
-    """Patches, rows and columns that a program takes at once."""
-    _, rows, columns = _terms(extents, size, summed)
-    block_y, block_x = _block(rows), _block(columns)
+def terms(extents: Sequence[int], size: Sequence[int], segments: Sequence[int]) -> list[int]:
+    """The most terms of a patch's sum along planes, rows and columns.
+
+    Along an axis that is summed up within segments, these are the totals of the segments that a patch
+    touches, the last up to the patch's end, and the sum before its begin.
+
+    Example:
+        >>> terms((512, 512), (91, 91), (64,))
+        [1, 4, 91]
+    """
+    lengths = [min(pair) for pair in zip(extents, size, strict=True)]
+    for axis, segment in enumerate(segments):
+        lengths[axis] = _segments_passed(lengths[axis], segment, extents[axis]) + 1
+    return three(lengths, 1)
+
+
+def patch_tile(numbers: Sequence[int]) -> tuple[int, int, int]:
+    """Patches, rows and columns that a program takes at once, by the numbers of `terms`."""
+    block_y, block_x = _block(numbers[1]), _block(numbers[2])
     return max(1, min(_MOST_PATCHES, PATCH_ELEMENTS // (block_y * block_x))), block_y, block_x
 
 
-def sum_launch(length: int, along_rows: bool) -> SumLaunch:
-    """The launch that sums lines of this length up."""
-    table = SUM_ALONG_ROWS if along_rows else SUM_DOWN
-    return table[min((limit for limit in table if limit >= length), default=max(table))]
+def _steps(numbers: Sequence[int]) -> int:
+    """How often a program of the patch kernel loads."""
+    _, block_y, block_x = patch_tile(numbers)
+    return numbers[0] * cdiv(numbers[1], block_y) * cdiv(numbers[2], block_x)
 
 
-def choose_summed_axes(
-    images: int,
-    num_patches: int,
-    num_words: int,
-    extents: Sequence[int],
-    size: Sequence[int],
-    label_bytes: int,
-) -> int:
-    """How many leading axes to sum up before patches are read: the estimated times decide.
+def _lanes(numbers: Sequence[int]) -> int:
+    """Terms of a patch's sum, idle lanes counted."""
+    _, block_y, block_x = patch_tile(numbers)
+    return _steps(numbers) * block_y * block_x
+
+
+class Request(NamedTuple):
+    """What a call counts, as far as the plan needs it."""
+
+    images: int
+    extents: tuple[int, ...]
+    num_classes: int
+    has_ignore: bool
+    label_bytes: int
+    soft: bool
+    boxes: tuple[Boxes, ...]
+
+    @property
+    def pixels(self) -> int:
+        """Of an image."""
+        return math.prod(self.extents)
+
+    def fields(self, sets: Sequence[int]) -> Fields:
+        """The fields of words that serve these sets."""
+        area = max(most_pixels(self.extents, self.boxes[k].size) for k in sets)
+        return choose_fields(self.num_classes, self.has_ignore, area, self.soft)
+
+    def scale(self, k: int) -> float:
+        """What labels are multiplied by for a set."""
+        return fixed_point_scale(most_pixels(self.extents, self.boxes[k].size)) if self.soft else 1.0
+
+
+def launched_together(request: Request) -> list[list[int]]:
+    """The sets that have patches, those of a launch together: soft labels have one scale in a launch."""
+    groups: dict[float, list[int]] = {}
+    for k, boxes in enumerate(request.boxes):
+        if boxes.num_patches > 0 and request.images > 0:
+            groups.setdefault(request.scale(k), []).append(k)
+    return list(groups.values())
+
+
+def _patch_us(request: Request, sets: Sequence[int], sums: Sums) -> float:
+    """The predicted time of the patch kernel for some sets."""
+    moved, added, steps = 0.0, 0.0, 0
+    for k in sets:
+        boxes, used = request.boxes[k], sums.used[k]
+        numbers = terms(request.extents, boxes.size, sums.segments if used else ())
+        together = [other for other in sets if sums.used[other]] if used else [k]
+        patches = request.images * boxes.num_patches * request.fields(together).num_words
+        added += patches * _lanes(numbers)
+        steps = max(steps, _steps(numbers))
+        if not used:
+            row = numbers[2] * request.label_bytes + _ROW_BYTES
+            moved += request.images * boxes.num_patches * numbers[0] * numbers[1] * row
+    moved = min(moved, request.images * request.pixels * request.label_bytes)  # then they lie in the cache
+    return _LAUNCH_US + max(moved / _BYTES_PER_US, added / _ELEMENTS_PER_US, steps * _STEP_US)
+
+
+def _table_us(request: Request, sets: Sequence[int], sums: Sums) -> float:
+    """The predicted time of the table of some sets; 0 if none of them uses it."""
+    users = [k for k in sets if sums.used[k]]
+    if not users:
+        return 0.0
+    fields = request.fields(users)
+    words = request.images * request.pixels * fields.num_words
+    rounds = cdiv(fields.num_words, words_at_once(fields, request.images * request.pixels))
+    read = words * 8 if request.soft else request.images * request.pixels * request.label_bytes
+    time = (1 if request.soft else rounds) * _LAUNCH_US + (
+        read + words * fields.dtype.itemsize
+    ) / _BYTES_PER_US
+    if len(sums.segments) == len(request.extents):
+        time += words / _SHUFFLED_PER_US
+    return time
+
+
+def predicted_us(request: Request, sums: Sums) -> float:
+    """The predicted time of a call of class labels; of soft labels, without turning them into words."""
+    groups = launched_together(request)
+    return sum(_table_us(request, sets, sums) + _patch_us(request, sets, sums) for sets in groups)
+
+
+def _choices(request: Request) -> Iterator[Sums]:
+    """Tables to weigh, and for each the sets that gain by using it."""
+    dims, count = len(request.extents), len(request.boxes)
+    direct = Sums((), (False,) * count)
+    yield direct
+    for summed in range(1, dims + 1):
+        for segments in _SEGMENTS[dims, summed]:
+            table = Sums(segments, (True,) * count)
+            alone = [(_patch_us(request, [k], table), _patch_us(request, [k], direct)) for k in range(count)]
+            yield Sums(segments, tuple(summed_us < direct_us for summed_us, direct_us in alone))
+            yield table
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_sums(request: Request) -> Sums:
+    """Which leading axes to sum up before patches are read, and for which sets: predicted times decide.
 
     Example:
-        >>> choose_summed_axes(8, 1024, 1, (512, 512), (11, 11), label_bytes=8)
-        0
-        >>> choose_summed_axes(8, 16384, 1, (512, 512), (91, 91), label_bytes=8)
-        2
+        >>> request = Request(8, (512, 512), 2, False, 8, False, (Boxes((11, 11), 1024),))
+        >>> choose_sums(request)
+        Sums(segments=(), used=(False,))
+        >>> choose_sums(request._replace(boxes=(Boxes((11, 11), 1024), Boxes((91, 91), 1024))))
+        Sums(segments=(64,), used=(True, True))
     """
-    pixels = math.prod(extents)
+    if request.pixels == 0 or not launched_together(request):
+        return Sums((), (False,) * len(request.boxes))
+    return min(_choices(request), key=functools.partial(predicted_us, request))
 
-    def time(summed: int) -> float:
-        total = _LAUNCH_US
-        for axis in range(summed):
-            read = label_bytes if axis == 0 else 8
-            steps = cdiv(extents[axis], sum_launch(extents[axis], axis == len(extents) - 1).block_length)
-            total += _LAUNCH_US + steps * 2 * _STEP_US
-            total += images * num_words * pixels * (read + 8) / _BYTES_PER_US
-        terms = _terms(extents, size, summed)
-        blocks = (1, *map(_block, terms[1:]))
-        patch_steps = math.prod(cdiv(number, block) for number, block in zip(terms, blocks, strict=True))
-        lanes = patch_steps * math.prod(blocks)
-        total += images * num_words * num_patches * lanes / _ELEMENTS_PER_US
-        return total + patch_steps * _STEP_US
 
-    return min(range(len(extents) + 1), key=time) if pixels > 0 else 0
+def sums_along(request: Request, summed_axes: int) -> Sums:
+    """The table of that many summed axes for all sets, or none."""
+    if summed_axes == 0:
+        return Sums((), (False,) * len(request.boxes))
+    tables = [
+        Sums(segments, (True,) * len(request.boxes))
+        for segments in _SEGMENTS[len(request.extents), summed_axes]
+    ]
+    return min(tables, key=functools.partial(predicted_us, request))
+
+
+class Counted(NamedTuple):
+    """A set of patches in a launch."""
+
+    number: int  # among all sets
+    fields: Fields
+    first_word: int
+    num_words: int
+    from_table: bool
+
+
+def rounds(request: Request, sets: Sequence[int], sums: Sums) -> list[list[Counted]]:
+    """The launches of the patch kernel for some sets: a table of many words is made a part at a time."""
+    direct = []
+    for k in sets:
+        if not sums.used[k]:
+            fields = request.fields([k])
+            direct.append(Counted(k, fields, 0, fields.num_words, False))
+    users = [k for k in sets if sums.used[k]]
+    if not users:
+        return [direct]
+    fields = request.fields(users)
+    most = fields.num_words if request.soft else words_at_once(fields, request.images * request.pixels)
+    found = []
+    for first in range(0, fields.num_words, most):
+        words = min(most, fields.num_words - first)
+        found.append([*direct, *(Counted(k, fields, first, words, True) for k in users)])
+        direct = []
+    return found
+
+
+class Record(NamedTuple):
+    """What the patch kernel reads about a set of patches."""
+
+    first_program: int
+    tile: int  # its number among the tiles of the launch
+    num_patches: int
+    first_patch: int  # patches of an image in the sets before
+    first_word: int
+    num_words: int
+    classes_per_word: int
+    field_bits: int
+    area: int
+    given: int  # the number of its starts among those that are given; -1 if they are planned
+    # Three integers each, of planes, rows and columns unless said.
+    size: Sequence[int]
+    terms: Sequence[int]
+    starts_strides: Sequence[int]  # of images, patches and axes
+    shape: Sequence[int]
+    extents: Sequence[int]
+    counts: Sequence[int]
+    grid_strides: Sequence[int]
+    grid_starts: Sequence[int]
+    grid_units: Sequence[int]
+
+    def integers(self) -> list[int]:
+        """All in a row."""
+        parts = [(part,) if isinstance(part, int) else part for part in self]
+        return list(itertools.chain.from_iterable(parts))
+
+
+_SCALARS = Record._fields.index("size")
+RECORD = _SCALARS + 3 * (len(Record._fields) - _SCALARS)  # integers
+_NO_PROGRAM = 1 << 62
+
+
+def place(name: str) -> int:
+    """Where a field of a record begins among its integers."""
+    index = Record._fields.index(name)
+    return min(index, _SCALARS) + 3 * max(index - _SCALARS, 0)
+
+
+class PatchLaunch(NamedTuple):
+    """A launch of the patch kernel.
+
+    Attributes:
+        records: the integers of all records, as many records as a power of two.
+        tiles: what programs take at once; records say which.
+        programs: how many there are.
+    """
+
+    records: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    programs: int
+
+
+def patch_launch(
+    request: Request, patch_sets: Sequence[PatchSet], counted: Sequence[Counted], segments: Sequence[int]
+) -> PatchLaunch:
+    """What the patch kernel is told about the sets of a launch; those whose programs take long come first."""
+    first_patches = [0, *itertools.accumulate(boxes.num_patches for boxes in request.boxes)]
+    given = itertools.count()
+    ready: list[tuple[Tile, Record, int]] = []
+    for each in counted:
+        patches, count = patch_sets[each.number], request.boxes[each.number].num_patches
+        numbers = terms(request.extents, patches.size, segments if each.from_table else ())
+        tile = Tile(each.from_table, each.fields.dtype == torch.int64, *patch_tile(numbers))
+        record = Record(
+            first_program=0,
+            tile=0,
+            num_patches=count,
+            first_patch=first_patches[each.number],
+            first_word=each.first_word,
+            num_words=each.num_words,
+            classes_per_word=each.fields.classes_per_word,
+            field_bits=each.fields.bits,
+            area=math.prod(patches.size),
+            given=-1 if patches.starts is None else next(given),
+            size=three(patches.size, 1),
+            terms=numbers,
+            starts_strides=_starts_strides(patches.starts),
+            shape=three(patches.spatial_shape, 1),
+            extents=three(patches.extents, 1),
+            counts=three(patches.counts, 1),
+            grid_strides=three([stride for stride, _, _ in patches.grids], 0),
+            grid_starts=three([start for _, start, _ in patches.grids], 0),
+            grid_units=three([unit for _, _, unit in patches.grids], 1),
+        )
+        ready.append((tile, record, cdiv(count, tile.block_patches) * request.images * each.num_words))
+    ready.sort(key=lambda entry: _steps(entry[1].terms), reverse=True)
+    tiles = sorted({tile for tile, _, _ in ready})
+    integers: list[int] = []
+    programs = 0
+    for tile, record, more in ready:
+        record = record._replace(first_program=programs, tile=tiles.index(tile))
+        integers += record.integers()
+        programs += more
+    missing = next_power_of_2(len(ready)) - len(ready)
+    integers += missing * [_NO_PROGRAM, *(RECORD - 1) * [0]]
+    return PatchLaunch(tuple(integers), tuple(tiles), programs)
+
+
+def _starts_strides(starts: Tensor | None) -> Sequence[int]:
+    return (0, 0, 0) if starts is None else (*(0,) * (3 - starts.ndim), *starts.stride())
 
 
 def three(values: Sequence[int], filler: int) -> list[int]:

@@ -1,10 +1,9 @@
-"""Words of pixels: from class labels, from soft labels in fixed point, and running sums of them."""
+"""Words of pixels: from class labels, from soft labels in fixed point, and sums of them within segments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -15,12 +14,11 @@ from contrastseg_fast.kernels.foreground_ratio import plan
 
 _ROUND = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52: behind it, a double has no bits for a fraction
 
-COUNTING = ("classes_per_word", "num_classes", "field_bits", "ignore_index")
+# Strides of columns may be specialised for being 1: lanes then lie along columns in every Triton.
 _UNSPECIALIZED = (
-    *COUNTING,
-    *("num_pixels", "num_lines", "columns", "length", "num_words", "first_word", "extent_y", "extent_x"),
-    *(f"labels_stride_{axis}" for axis in "bmzyxlrc"),
-    *(f"words_stride_{axis}" for axis in "lrc"),
+    *("classes_per_word", "num_classes", "field_bits", "ignore_index", "num_words", "first_word"),
+    *("num_pixels", "extent_y", "extent_x", "planes", "rows", "columns", "width"),
+    *(f"labels_stride_{axis}" for axis in "bmzyxprl"),
 )
 
 
@@ -33,19 +31,9 @@ def comparison_type(dtype: torch.dtype) -> tl.dtype:
     return tl.int64 if dtype in (torch.int64, torch.uint32) else tl.int32
 
 
-def counting_arguments(
-    labels: Tensor, fields: plan.Fields, num_classes: int, ignore_index: int | None
-) -> dict[str, Any]:
-    """What the kernels that make words of labels or read them take, by the names of their arguments."""
-    return {
-        "classes_per_word": fields.classes_per_word,
-        "num_classes": num_classes,
-        "field_bits": fields.bits,
-        "ignore_index": ignore_index or 0,
-        "LABEL": comparison_type(labels.dtype),
-        "WORD": tl.int32 if fields.dtype == torch.int32 else tl.int64,
-        "HAS_IGNORE": ignore_index is not None,
-    }
+def word_type(dtype: torch.dtype) -> tl.dtype:
+    """The type of words in kernels."""
+    return tl.int32 if dtype == torch.int32 else tl.int64
 
 
 @triton.jit
@@ -70,13 +58,13 @@ def class_words(
         index = tl.where(index.to(LABEL) == labels, index, -1)
     first = word * classes_per_word
     known = (index >= first) & (index < tl.minimum(first + classes_per_word, num_classes))
-    field = tl.where(known, index - first, 0).to(WORD)
+    field = tl.where(known, index - first, 0).to(tl.int32)
     if HAS_IGNORE:
         ignored = labels == ignore_index.to(LABEL)
         field = tl.where(ignored, 0, field + 1)
         known = known | ignored
     one = tl.full(field.shape, 1, WORD)
-    return tl.where(known & inside, one << (field * field_bits.to(WORD)), 0)
+    return tl.where(known & inside, one << (field * field_bits).to(WORD), 0)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -155,22 +143,21 @@ def fixed_point(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def running_sum_kernel(
-    labels_ptr,  # (B, Z, Y, X), any strides; or None: words are summed in place
-    words_ptr,  # (B, W, Z, Y, X)
+def segment_sum_kernel(
+    labels_ptr,  # (B, planes, rows, columns), any strides; or None: words are summed
+    words_ptr,  # (B, W, planes, rows, columns) or None; may be the table
+    table_ptr,  # (B, W, planes, rows, columns)
     num_words,
     first_word,
-    num_pixels,
-    num_lines,
+    planes,
+    rows,
     columns,
-    length,
+    width,
     labels_stride_b,
+    labels_stride_p,
     labels_stride_r,
-    labels_stride_c,
     labels_stride_l,
-    words_stride_r,
-    words_stride_c,
-    words_stride_l,
+    labels_stride_c,
     classes_per_word,
     num_classes,
     field_bits,
@@ -178,88 +165,132 @@ def running_sum_kernel(
     LABEL: tl.constexpr,
     WORD: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
-    BLOCK_LENGTH: tl.constexpr,
+    HAS_LINES: tl.constexpr,  # whether columns lie in lines
+    SUM_PLANES: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    BLOCK_PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Running sums along one axis. Its lines stand in rows and columns, those of the other two axes."""
-    blocks = tl.cdiv(num_lines, BLOCK_LINES)
-    layer = (tl.program_id(0) // blocks).to(tl.int64)
-    line = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_LINES + tl.arange(0, BLOCK_LINES)  # [BLOCK_LINES]
-    row = line // columns
-    column = line % columns
-    lines_ptr = words_ptr + layer * num_pixels + row * words_stride_r + column * words_stride_c
-    lines_inside = line < num_lines
+    """Sums of words up to each pixel, from where the segments that it lies in begin along the summed axes.
+
+    A program sums one segment. Columns lie in lines of `width` columns where they are two axes of labels that
+    cannot be taken for one.
+    """
+    word = tl.program_id(0) % num_words  # programs side by side read the same labels
+    block = tl.program_id(0) // num_words
+    blocks_columns = tl.cdiv(columns, BLOCK_COLUMNS)
+    blocks_rows = tl.cdiv(rows, BLOCK_ROWS)
+    blocks_planes = tl.cdiv(planes, BLOCK_PLANES)
+    first_column = (block % blocks_columns).to(tl.int64) * BLOCK_COLUMNS
+    first_row = (block // blocks_columns % blocks_rows).to(tl.int64) * BLOCK_ROWS
+    block = block // blocks_columns // blocks_rows
+    first_plane = (block % blocks_planes).to(tl.int64) * BLOCK_PLANES
+    image = (block // blocks_planes).to(tl.int64)
+    plane = tl.arange(0, BLOCK_PLANES)[:, None]
+    row = tl.arange(0, BLOCK_ROWS)[None, :]
+    column = tl.arange(0, BLOCK_COLUMNS)[None, None, :]
+    inside = (plane < planes - first_plane) & (row < rows - first_row)  # [BLOCK_PLANES, BLOCK_ROWS]
+    inside = inside[:, :, None] & (column < columns - first_column)
+    offsets = ((plane.to(tl.int64) * rows + row) * columns)[:, :, None] + column
+    layer = image * num_words + word
+    first_offset = ((layer * planes + first_plane) * rows + first_row) * columns + first_column
+    table_ptrs = table_ptr + first_offset + offsets  # [BLOCK_PLANES, BLOCK_ROWS, BLOCK_COLUMNS]
     if labels_ptr is not None:
-        word = first_word + layer % num_words
-        label_lines_ptr = labels_ptr + layer // num_words * labels_stride_b
-        label_lines_ptr += row * labels_stride_r + column * labels_stride_c
-    total = tl.zeros([BLOCK_LINES], WORD)
-    for first in tl.range(0, length, BLOCK_LENGTH, num_stages=3):  # the next loads are under way
-        step = (first + tl.arange(0, BLOCK_LENGTH)).to(tl.int64)  # [BLOCK_LENGTH]
-        if ALONG_ROWS:
-            inside = lines_inside[:, None] & (step < length)[None, :]  # [BLOCK_LINES, BLOCK_LENGTH]
-            ptrs = lines_ptr[:, None] + step[None, :]
+        labels_ptr += image * labels_stride_b + first_plane * labels_stride_p + first_row * labels_stride_r
+        label_rows = plane.to(tl.int64) * labels_stride_p + row.to(tl.int64) * labels_stride_r
+        column += first_column
+        if HAS_LINES:
+            columns_ptrs = labels_ptr + column // width * labels_stride_l + column % width * labels_stride_c
         else:
-            inside = (step < length)[:, None] & lines_inside[None, :]  # [BLOCK_LENGTH, BLOCK_LINES]
-            ptrs = lines_ptr[None, :] + (step * words_stride_l)[:, None]
-        if labels_ptr is not None:
-            if ALONG_ROWS:
-                label_ptrs = label_lines_ptr[:, None] + (step * labels_stride_l)[None, :]
-            else:
-                label_ptrs = label_lines_ptr[None, :] + (step * labels_stride_l)[:, None]
-            labels = tl.load(label_ptrs, inside, 0)
-            words = class_words(
-                labels,
-                inside,
-                word,
-                classes_per_word,
-                num_classes,
-                field_bits,
-                ignore_index,
-                LABEL,
-                WORD,
-                HAS_IGNORE,
-            )
-        else:
-            words = tl.load(ptrs, inside, 0)
-        if ALONG_ROWS:
-            tl.store(ptrs, tl.cumsum(words, 1) + total[:, None], inside)
-            total += tl.sum(words, 1)
-        else:
-            tl.store(ptrs, tl.cumsum(words, 0) + total[None, :], inside)
-            total += tl.sum(words, 0)
+            columns_ptrs = labels_ptr + column * labels_stride_c
+        words = class_words(
+            tl.load(columns_ptrs + label_rows[:, :, None], inside, 0),
+            inside,
+            first_word + word,
+            classes_per_word,
+            num_classes,
+            field_bits,
+            ignore_index,
+            LABEL,
+            WORD,
+            HAS_IGNORE,
+        )
+    else:
+        words = tl.load(words_ptr + first_offset + offsets, inside, 0)
+    if SUM_PLANES:
+        words = tl.cumsum(words, 0)
+    if SUM_ROWS:
+        words = tl.cumsum(words, 1)
+    if SUM_COLUMNS:
+        words = tl.cumsum(words, 2)
+    tl.store(table_ptrs, words, inside)
 
 
-def sum_up(
-    labels: Tensor | None, words: Tensor, axis: int, first_word: int, counting: dict[str, Any]
+def sum_segments(
+    labels: Tensor | None,
+    words: Tensor | None,
+    table: Tensor,
+    segments: Sequence[int],
+    first_word: int,
+    fields: plan.Fields,
+    num_classes: int,
+    ignore_index: int | None,
 ) -> None:
-    """Running sums of words `(B, W, *spatial)` along an axis, in place, or of the labels' words."""
-    extents = words.shape[2:]
-    others = [other for other in range(len(extents)) if other != axis]
-    along_rows = axis == len(extents) - 1
+    """Fill a table `(B, W, *spatial)` with sums along the leading axes.
 
-    def lines(strides: Sequence[int]) -> list[int]:
-        return [*plan.three([strides[other] for other in others], 0)[1:], strides[axis]]
-
-    label_strides = (0, 0, 0, 0) if labels is None else (labels.stride(0), *lines(labels.stride()[1:]))
-    launch = plan.sum_launch(extents[axis], along_rows)
-    num_lines = math.prod(extents[other] for other in others)
-    running_sum_kernel[(plan.cdiv(num_lines, launch.block_lines) * words.shape[0] * words.shape[1],)](
+    Args:
+        labels: `(B, *spatial)`, or None.
+        words: where there are no labels, `(B, W, *spatial)`, contiguous; it may be the table.
+        segments: the segments' length along each summed axis.
+        first_word: the word of the labels that comes first.
+    """
+    extents = table.shape[2:]
+    dims, summed = len(extents), len(segments)
+    # One axis that is not summed, or two as one, are the columns.
+    leading = summed if summed < dims else dims - 1
+    planes, rows = plan.three(extents[:leading], 1)[1:]
+    width, columns = extents[-1], math.prod(extents[leading:])
+    blocks = plan.three((*segments, *([] if summed == dims else [plan.SUM_LANES])), 1)
+    programs = table.shape[0] * table.shape[1]
+    programs *= math.prod(map(plan.cdiv, (planes, rows, columns), blocks))
+    strides, has_lines = [0] * 5, False
+    if labels is not None:
+        outer = labels.stride()[1 : 1 + leading]
+        lines = labels.stride(-2) if dims - leading == 2 else 0
+        strides = [labels.stride(0), *plan.three(outer, 0)[1:], lines, labels.stride(-1)]
+        has_lines = dims - leading == 2 and lines != width * labels.stride(-1)
+    segment_sum_kernel[(programs,)](
         labels_ptr=labels,
         words_ptr=words,
-        num_words=words.shape[1],
+        table_ptr=table,
+        num_words=table.shape[1],
         first_word=first_word,
-        num_pixels=math.prod(extents),
-        num_lines=num_lines,
-        columns=extents[others[-1]] if others else 1,
-        length=extents[axis],
-        **plan.named("labels_stride", "brcl", label_strides),
-        **plan.named("words_stride", "rcl", lines(words.stride()[2:])),
-        **counting,
-        ALONG_ROWS=along_rows,
-        BLOCK_LINES=launch.block_lines,
-        BLOCK_LENGTH=launch.block_length,
-        num_warps=launch.num_warps,
+        planes=planes,
+        rows=rows,
+        columns=columns,
+        width=width,
+        **plan.named("labels_stride", "bprlc", strides),
+        classes_per_word=fields.classes_per_word,
+        num_classes=num_classes,
+        field_bits=fields.bits,
+        ignore_index=ignore_index or 0,
+        LABEL=comparison_type((labels if labels is not None else table).dtype),
+        WORD=word_type(table.dtype),
+        HAS_IGNORE=ignore_index is not None,
+        HAS_LINES=has_lines,
+        **{
+            f"SUM_{name}": summed_here
+            for name, summed_here in zip(
+                ("PLANES", "ROWS", "COLUMNS"),
+                plan.three([True] * summed + [False] * (summed < dims), False),
+                strict=True,
+            )
+        },
+        BLOCK_PLANES=blocks[0],
+        BLOCK_ROWS=blocks[1],
+        BLOCK_COLUMNS=blocks[2],
+        num_warps=plan.SUM_WARPS,
         enable_fp_fusion=True,
     )

@@ -15,23 +15,77 @@ the paper's form with ratios, 0 in all others.
 16-bit vectors of up to 256 channels take the fused kernels (tensor cores, epilogue in registers). All others
 go through slabs: cuBLAS writes the similarities of some rows, a kernel turns them into exponentials or pair
 weights, cuBLAS multiplies. The forward pass computes the pairs (i, j) and (j, i) together, and so do the
-slabs of the backward pass; the fused backward kernel computes whole rows. Only the forward pass uses float
-atomics. It does not use them when deterministic algorithms are requested, or when sums of exponentials need a
-running maximum. Every pair is computed: finding tiles of equal ratios, whose exponents are all 0, costs more
-than skipping them saves (benchmarks/NOTES.md).
+slabs of the backward pass; the fused backward kernel computes whole rows. Only the forward pass adds values
+with float atomics. It does not when deterministic algorithms are requested, or when sums of exponentials need
+a running maximum. Atomic counters, which find an image's last program, are always used: they do not change
+results. Every pair is computed: finding tiles of equal ratios, whose exponents are all 0, costs more than
+skipping them saves (benchmarks/NOTES.md).
+
+A call has any number of problems (problems.py), which share every launch: rows are packed, taken out of maps
+where these are given (rows.py); tiles of pairs are summed, and an image's last program computes its loss
+(forward.py, loss.py); tiles of pairs are multiplied, where several programs share the columns of a row tile
+and write one part of g each (backward.py); and the parts are added up to gradients (gradient.py). Tables on
+the device tell every program its part of the work (layout.py).
 
 Tensor cores truncate where fp32 units round, so products of 16-bit vectors come out too small, by up to C
 2^-27 for parallel vectors. The gradient's own rounding is larger than that; the loss shows it at low
 temperatures (tests/tensor_cores.py).
 
 Rows are packed as `v'' = v 2^-k` with k such that 1 <= |v''| < 2, which is exact in 16 bits. `scale = 1 /
-|v''|` is applied to the products in fp32. The scale of an excluded row is `EXCLUDED` (tiles.py).
+|v''|` is applied to the products in fp32. fp32 rows are packed as unit vectors, with scale 1. The scale of an
+excluded row is `EXCLUDED` (tiles.py).
 
 Shapes: B images, N vectors of C channels, M classes. P is N rounded up to a multiple of every tile, `width`
 or WIDTH is C rounded up. Rows from N to P are excluded, as are invalid vectors: their packed rows are zero.
 """
 
-from contrastseg_fast.kernels.pdcr.backward import backward
-from contrastseg_fast.kernels.pdcr.forward import forward
+from __future__ import annotations
 
-__all__ = ["backward", "forward"]
+import torch
+from torch import Tensor
+
+from contrastseg_fast.affinity import Affinity
+from contrastseg_fast.kernels._common import on
+from contrastseg_fast.kernels.pdcr import plan
+from contrastseg_fast.kernels.pdcr.backward import multiply_pairs
+from contrastseg_fast.kernels.pdcr.forward import sum_pairs
+from contrastseg_fast.kernels.pdcr.gradient import write_gradients
+from contrastseg_fast.kernels.pdcr.loss import new_losses
+from contrastseg_fast.kernels.pdcr.rows import Inputs, Packed, pack
+from contrastseg_fast.problems import Call
+
+__all__ = ["Inputs", "Packed", "backward", "forward"]
+
+
+def _terms(call: Call, affinity: Affinity, dtype: torch.dtype) -> plan.Terms:
+    return plan.terms_of(affinity, dtype, max(map(call.count, call.problems)), call.num_compared)
+
+
+@torch.no_grad()
+def forward(call: Call, inputs: Inputs, affinity: Affinity, reduction: str) -> tuple[Tensor, Tensor, Packed]:
+    """The losses of a call's problems.
+
+    Every image of every problem holds at least one number.
+
+    Returns:
+        the loss, a scalar averaged over problems, or one for every image of every problem for
+        `reduction="none"`; log Z of all vectors of all images; and what the backward pass needs.
+    """
+    terms = _terms(call, affinity, inputs.sources[0].dtype)
+    symmetric = terms.bounded and not torch.are_deterministic_algorithms_enabled()
+    with on(inputs.ratios), torch.autocast(inputs.ratios.device.type, enabled=False):
+        packed, scratch, partials = pack(call, inputs, terms)
+        losses = new_losses(call, packed, terms, symmetric, reduction)
+        sum_pairs(call, packed, scratch, partials, losses, terms, symmetric)
+    return losses.loss, losses.log_z, packed
+
+
+@torch.no_grad()
+def backward(
+    call: Call, packed: Packed, log_z: Tensor, affinity: Affinity, grad: Tensor, outs: tuple[Tensor, ...]
+) -> None:
+    """Fill the gradients `(B, N, C)` of the vectors of every source, from that of the loss of `forward`."""
+    terms = _terms(call, affinity, packed.rows.dtype)
+    with on(log_z), torch.autocast(log_z.device.type, enabled=False):
+        sums = multiply_pairs(call, packed, log_z, terms)
+        write_gradients(call, packed, sums, terms, grad, outs)

@@ -1,18 +1,56 @@
-"""The backward pass of PDCR: g of every row, from the weights of all pairs, and the gradients of vectors."""
+"""The backward pass over pairs: g of every row, from the weights of all pairs, without its constant part."""
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastseg_fast.affinity import Affinity
-from contrastseg_fast.kernels._common import dot, dot_add, narrow, on
+from contrastseg_fast.kernels._common import dot, dot_add, narrow
+from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels._tuning import Launch
-from contrastseg_fast.kernels.pdcr import plan, slabs
-from contrastseg_fast.kernels.pdcr.rows import Packed, pack
-from contrastseg_fast.kernels.pdcr.tiles import distances, exponents, is_excluded, load_rows
+from contrastseg_fast.kernels.pdcr import layout, plan, slabs
+from contrastseg_fast.kernels.pdcr.layout import (
+    COUNT,
+    LOG_Z,
+    PADDED,
+    PHI,
+    RECORD,
+    ROWS,
+    SCALE,
+    STATS,
+    TILE_IMAGE,
+    TILE_ITEM,
+    TILE_OUT,
+    TILE_ROW_TILE,
+    TILE_START,
+    TILE_STOP,
+    TILE_WIDTH,
+)
+from contrastseg_fast.kernels.pdcr.rows import Packed
+from contrastseg_fast.kernels.pdcr.tiles import LOG2_E, distances, exponents, is_excluded, load_rows
+from contrastseg_fast.problems import Call
+
+
+class PairSums(NamedTuple):
+    """g times the scale of its row, in parts that are still to be added."""
+
+    g: Tensor  # fp32
+    spans: Tensor  # (images, 2): where the parts `(parts, P, width)` of an image begin, and how many they are
+
+
+@triton.jit
+def _z_term(log_z_ptr, stats_ptr, row, count, scale, BOUNDED: tl.constexpr):
+    """n / Z of some rows if BOUNDED, else log2(Z / n); what makes their share vanish if they are excluded."""
+    num_valid = tl.load(stats_ptr)
+    log_z = tl.load(log_z_ptr + row, row < count, 0.0)
+    if BOUNDED:
+        return tl.where(is_excluded(scale), 0.0, num_valid * tl.exp(-log_z))
+    return tl.where(is_excluded(scale), float("inf"), log_z * LOG2_E - tl.log2(num_valid))
 
 
 @triton.jit
@@ -33,7 +71,10 @@ def _pair_weight(
 ):
     """The bracket of g times log2(e) / tau; z_term is n / Z if BOUNDED, else log2(Z / n)."""
     similarity = product * scale_i[:, None] * scale_j[None, :]
-    t, _ = exponents(similarity, distance, bias, slope, shift, PLAIN)
+    if PLAIN:
+        t = similarity * distance
+    else:
+        t, _ = exponents(similarity, distance, bias, slope, shift)
     if BOUNDED:
         share = tl.exp2(t) * (z_term_i[:, None] + z_term_j[None, :])
     else:
@@ -45,14 +86,19 @@ def _pair_weight(
     return tl.where(is_excluded(scale_i)[:, None] | is_excluded(scale_j)[None, :], 0.0, weight)
 
 
-@triton.jit(do_not_specialize=["num_classes"])
-def pdcr_bwd_kernel(
-    rows_ptr,  # (B, P, WIDTH)
-    scale_ptr,  # (B, P)
-    phi_ptr,  # (B, M, P)
-    z_term_ptr,  # (B, P)
-    g_ptr,  # (B, P, WIDTH)
+@triton.jit
+def _multiply_row_tile(
+    rows_ptr,
+    scale_ptr,
+    phi_ptr,
+    log_z_ptr,
+    stats_ptr,
+    g_ptr,
+    tile,
+    start,
+    stop,
     padded,
+    count,
     num_classes,
     bias,
     slope,
@@ -60,7 +106,7 @@ def pdcr_bwd_kernel(
     unequal,
     pull,
     offset,
-    weight_scale,  # of the pair weights, before they are rounded
+    weight_scale,
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
     MORE_CLASSES: tl.constexpr,
@@ -70,23 +116,16 @@ def pdcr_bwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """g times the scale of its row, for a row tile over all columns; without the constant part."""
-    tile = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    scale_ptr += image * padded
-    z_term_ptr += image * padded
-    phi_ptr += image * num_classes * padded
-    rows_ptr += image * padded * WIDTH
+    """One part of g of a row tile, from some column tiles."""
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     rows_i = load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
-    z_term_i = tl.load(z_term_ptr + i)  # [BLOCK_I]
-
+    z_term_i = _z_term(log_z_ptr, stats_ptr, i, count, scale_i, BOUNDED)  # [BLOCK_I]
     g = tl.zeros([BLOCK_I, WIDTH], tl.float32)
-    for column_tile in range(padded // BLOCK_J):
+    for column_tile in range(start, stop):
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
-        z_term_j = tl.load(z_term_ptr + j)  # [BLOCK_J]
+        z_term_j = _z_term(log_z_ptr, stats_ptr, j, count, scale_j, BOUNDED)  # [BLOCK_J]
         rows_j = load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
         distance = distances(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
@@ -107,43 +146,114 @@ def pdcr_bwd_kernel(
         )
         weight = weight * (scale_j * weight_scale)[None, :]
         g = dot_add(narrow(weight, rows_ptr.dtype.element_ty), rows_j, g)
-
-    c = tl.arange(0, WIDTH)
-    g_ptrs = g_ptr + (image * padded + i)[:, None] * WIDTH + c[None, :]
+    g_ptrs = g_ptr + tl.arange(0, BLOCK_I)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(g_ptrs, g * scale_i[:, None])
 
 
-def _multiply_tiles(packed: Packed, terms: plan.Terms, launch: Launch) -> Tensor:
-    """g `(B, P, width)` without its constant part, times the scale of its row, by the fused kernel."""
-    batch, padded, width = packed.rows.shape
-    g = packed.rows.new_empty(packed.rows.shape, dtype=torch.float32)
-    pdcr_bwd_kernel[(padded // launch.block_i, batch)](
-        rows_ptr=packed.rows,
-        scale_ptr=packed.scale,
-        phi_ptr=packed.phi,
-        z_term_ptr=packed.z_term,
-        g_ptr=g,
-        padded=padded,
-        num_classes=packed.phi.shape[1],
-        **terms.exponent,
-        **terms.pair_weight,
-        WIDTH=width,
-        **terms.modes,
-        BOUNDED=terms.bounded,
-        **plan.tile_options(launch),
-    )
-    return g
-
-
 @triton.jit(do_not_specialize=["num_classes"])
+def pdcr_bwd_kernel(
+    items_ptr,
+    records_ptr,
+    rows_ptr,
+    floats_ptr,
+    log_z_ptr,
+    g_ptr,
+    num_classes,
+    bias,
+    slope,
+    shift,
+    unequal,
+    pull,
+    offset,
+    weight_scale,  # of the pair weights, before they are rounded
+    WIDTHS: tl.constexpr,  # of the problems, in ascending order
+    CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
+    CATEGORICAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """One part of g times the scale of its row, for a row tile of one image over some column tiles."""
+    item_ptr = items_ptr + tl.program_id(0) * TILE_ITEM
+    record_ptr = records_ptr + tl.load(item_ptr + TILE_IMAGE) * RECORD
+    width_number = tl.load(item_ptr + TILE_WIDTH)
+    rows_ptr += tl.multiple_of(tl.load(record_ptr + ROWS), 64)
+    for number in tl.static_range(len(WIDTHS)):
+        if width_number == number:
+            _multiply_row_tile(
+                rows_ptr,
+                floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64),
+                floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
+                log_z_ptr + tl.load(record_ptr + LOG_Z),
+                floats_ptr + tl.load(record_ptr + STATS),
+                g_ptr + tl.multiple_of(tl.load(item_ptr + TILE_OUT), 64),
+                tl.load(item_ptr + TILE_ROW_TILE).to(tl.int32),
+                tl.load(item_ptr + TILE_START).to(tl.int32),
+                tl.load(item_ptr + TILE_STOP).to(tl.int32),
+                tl.load(record_ptr + PADDED).to(tl.int32),
+                tl.load(record_ptr + COUNT).to(tl.int32),
+                num_classes,
+                bias,
+                slope,
+                shift,
+                unequal,
+                pull,
+                offset,
+                weight_scale,
+                WIDTHS[number],
+                CLASSES,
+                MORE_CLASSES,
+                CATEGORICAL,
+                PLAIN,
+                BOUNDED,
+                BLOCK_I,
+                BLOCK_J,
+            )
+
+
+def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms, launch: Launch) -> PairSums:
+    """By the fused kernel."""
+    device = log_z.device
+    per_program = plan.columns_per_program("backward", call, launch, packed.rows)
+    tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)
+    g = packed.floats.new_empty(tiles.numbers)
+    run_kernel(
+        pdcr_bwd_kernel,
+        (len(tiles.items),),
+        (
+            tiles.items.on(device),
+            layout.lay_out(call, plan.ROWS).records.on(device),
+            packed.rows,
+            packed.floats,
+            log_z,
+            g,
+        ),
+        (
+            call.num_compared,
+            *terms.exponent.values(),
+            *terms.pair_weight.values(),
+        ),
+        {
+            "WIDTHS": layout.fused_widths(call),
+            **terms.modes,
+            "BOUNDED": terms.bounded,
+            **plan.tile_options(launch),
+        },
+    )
+    return PairSums(g, tiles.spans.on(device))
+
+
+@triton.jit(do_not_specialize=["first_image", "num_classes"])
 def pdcr_pairs_kernel(
     slab_ptr,  # (B, slab rows, P - first_row), products of packed rows
     weights_ptr,  # the same shape; may be slab_ptr
-    scale_ptr,  # (B, P)
-    phi_ptr,  # (B, M, P)
-    z_term_ptr,  # (B, P)
+    records_ptr,
+    floats_ptr,
+    log_z_ptr,
+    first_image,  # of the problem
     first_row,
-    padded,
     slab_stride_b,
     slab_stride_n,
     num_classes,
@@ -166,9 +276,13 @@ def pdcr_pairs_kernel(
     tile = tl.program_id(1)
     column_tile = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
-    scale_ptr += image * padded
-    z_term_ptr += image * padded
-    phi_ptr += image * num_classes * padded
+    record_ptr = records_ptr + (first_image + image) * RECORD
+    padded = tl.load(record_ptr + PADDED).to(tl.int32)
+    count = tl.load(record_ptr + COUNT).to(tl.int32)
+    scale_ptr = floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64)
+    phi_ptr = floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64)
+    log_z_ptr += tl.load(record_ptr + LOG_Z)
+    stats_ptr = floats_ptr + tl.load(record_ptr + STATS)
     row = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     column = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
     offsets = image * slab_stride_b + row.to(tl.int64)[:, None] * slab_stride_n + column[None, :]
@@ -176,7 +290,6 @@ def pdcr_pairs_kernel(
     inside = (j < padded)[None, :]
     j = tl.minimum(j, padded - 1)
     scale_i, scale_j = tl.load(scale_ptr + i), tl.load(scale_ptr + j)
-    z_term_i, z_term_j = tl.load(z_term_ptr + i), tl.load(z_term_ptr + j)
     product = tl.load(slab_ptr + offsets, inside, 0.0)  # [BLOCK_I, BLOCK_J]
     distance = distances(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
     weight = _pair_weight(
@@ -184,8 +297,8 @@ def pdcr_pairs_kernel(
         distance,
         scale_i,
         scale_j,
-        z_term_i,
-        z_term_j,
+        _z_term(log_z_ptr, stats_ptr, i, count, scale_i, BOUNDED),
+        _z_term(log_z_ptr, stats_ptr, j, count, scale_j, BOUNDED),
         bias,
         slope,
         shift,
@@ -198,139 +311,50 @@ def pdcr_pairs_kernel(
     tl.store(weights_ptr + offsets, narrow(weight, weights_ptr.dtype.element_ty), inside)
 
 
-def _multiply_slabs(packed: Packed, terms: plan.Terms) -> Tensor:
-    """As `_multiply_tiles`, from slabs."""
-    rows = packed.rows
-    batch, padded, _ = rows.shape
-    g = rows.new_zeros(rows.shape, dtype=torch.float32)
+def _multiply_slabs(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms) -> PairSums:
+    """From slabs, whose products are written by cuBLAS."""
+    laid_out, device = layout.lay_out(call, plan.ROWS), log_z.device
+    g = torch.zeros_like(packed.rows, dtype=torch.float32)  # where packed rows lie
     launch = plan.SLAB_PAIRS
-    for first, _, slab in slabs.similarities(rows, lambda first_row: first_row):
-        height, columns = slab.shape[1:]
-        weights = slab if rows.dtype == torch.float32 else torch.empty_like(slab, dtype=rows.dtype)
-        pdcr_pairs_kernel[(triton.cdiv(columns, launch.block_j), height // launch.block_i, batch)](
-            slab_ptr=slab,
-            weights_ptr=weights,
-            scale_ptr=packed.scale,
-            phi_ptr=packed.phi,
-            z_term_ptr=packed.z_term,
-            first_row=first,
-            padded=padded,
-            slab_stride_b=slab.stride(0),
-            slab_stride_n=slab.stride(1),
-            num_classes=packed.phi.shape[1],
-            **terms.exponent,
-            **terms.pair_weight,
-            **terms.modes,
-            BOUNDED=terms.bounded,
-            **plan.tile_options(launch),
-        )
-        last = first + height
-        slabs.add_product(g[:, first:last], weights, rows[:, first:])
-        if columns > height:
-            slabs.add_product(g[:, last:], weights[:, :, height:].mT, rows[:, first:last])
-    return g
-
-
-@triton.jit
-def _unit_and_g(rows_ptr, g_ptr, unit_sum_ptr, offsets, c, mask, scale, undo, separate_bias):
-    """Unit vectors and g with its constant part, of some rows and channels."""
-    unit = tl.load(rows_ptr + offsets + c[None, :], mask, 0).to(tl.float32) * scale[:, None]
-    unit_sum = tl.load(unit_sum_ptr + c[None, :], mask, 0.0)
-    g = tl.load(g_ptr + offsets + c[None, :], mask, 0.0) * undo[:, None] - 2 * separate_bias * unit_sum
-    return unit, g
-
-
-@triton.jit(do_not_specialize=["num_vectors", "grad_stride"])
-def pdcr_grad_kernel(
-    g_ptr,  # (B, P, width), times the scale of the row
-    rows_ptr,  # (B, P, width)
-    scale_ptr,  # (B, P)
-    inverse_length_ptr,  # (B, P)
-    unit_sum_ptr,  # (B, width)
-    num_valid_ptr,  # (B,)
-    grad_ptr,  # (B,), stride grad_stride
-    out_ptr,  # (B, N, C)
-    num_vectors,
-    padded,
-    channels,
-    width,
-    grad_stride,
-    separate_bias,  # of the numerator's weights; the rest of num_bias is in the pair weights
-    g_scale,  # what undoes the weight_scale of the pair weights, but for log2(e) / tau
-    inverse_temperature,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Gradients of the vectors from g: the part along u is removed, the rest is divided by |v|."""
-    image = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + image * padded + n)  # [BLOCK_N]
-    undo = g_scale * tl.where(scale > 0, 1 / tl.where(scale > 0, scale, 1.0), 0.0)
-    offsets = (image * padded + n)[:, None] * width
-    unit_sum_ptr += image * width
-    along = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        mask = (c < channels)[None, :]
-        unit, g = _unit_and_g(rows_ptr, g_ptr, unit_sum_ptr, offsets, c, mask, scale, undo, separate_bias)
-        along += tl.sum(g * unit, 1)
-    num_valid = tl.load(num_valid_ptr + image).to(tl.float32)
-    grad = tl.load(grad_ptr + image * grad_stride).to(tl.float32)
-    factor = grad * inverse_temperature / tl.maximum(num_valid * num_valid, 1.0)
-    inverse_length = tl.load(inverse_length_ptr + image * padded + n)  # [BLOCK_N]
-    inside = n < num_vectors
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        mask = (c < channels)[None, :]
-        unit, g = _unit_and_g(rows_ptr, g_ptr, unit_sum_ptr, offsets, c, mask, scale, undo, separate_bias)
-        g = (g - along[:, None] * unit) * factor * inverse_length[:, None]
-        out_ptrs = out_ptr + (image * num_vectors + n)[:, None] * channels + c[None, :]
-        tl.store(out_ptrs, narrow(g, out_ptr.dtype.element_ty), mask & inside[:, None])
-
-
-def _write_gradient(packed: Packed, terms: plan.Terms, g: Tensor, grad: Tensor, vectors: Tensor) -> Tensor:
-    """The gradient of the vectors, like `vectors` `(B, N, C)`."""
-    batch, padded, width = packed.rows.shape
-    _, num_vectors, channels = vectors.shape
-    out = vectors.new_empty(vectors.shape)
-    pdcr_grad_kernel[(padded // plan.ROWS.block_n, batch)](
-        g_ptr=g,
-        rows_ptr=packed.rows,
-        scale_ptr=packed.scale,
-        inverse_length_ptr=packed.inverse_length,
-        unit_sum_ptr=packed.unit_sum,
-        num_valid_ptr=packed.num_valid,
-        grad_ptr=grad,
-        out_ptr=out,
-        num_vectors=num_vectors,
-        padded=padded,
-        channels=channels,
-        width=width,
-        grad_stride=grad.stride(0),
-        **terms.gradient,
-        **plan.row_options(),
-    )
-    return out
-
-
-@torch.no_grad()
-def backward(
-    grad: Tensor, log_z: Tensor, vectors: Tensor, ratios: Tensor, valid: Tensor | None, affinity: Affinity
-) -> Tensor:
-    """The gradient of the vectors from that of the losses `(B,)`; `vectors` holds at least one number."""
-    terms = plan.terms_of(affinity, vectors, ratios.shape[-1])
-    with on(vectors), torch.autocast(vectors.device.type, enabled=False):
-        packed = pack(vectors, ratios, valid, terms, log_z.contiguous())
-        if plan.is_fused(vectors):
-            launch = plan.choose_launch(
-                plan.BACKWARD,
-                packed.rows,
-                ratios.shape[-1],
-                terms.plain,
-                not terms.bounded,
-                lambda launch: _multiply_tiles(packed, terms, launch),
+    for (first_image, rows), (_, sums) in zip(
+        slabs.problem_rows(laid_out, packed.rows), slabs.problem_rows(laid_out, g), strict=True
+    ):
+        for first, _, slab in slabs.similarities(rows, lambda first_row: first_row):
+            height, columns = slab.shape[1:]
+            weights = slab if rows.dtype == torch.float32 else torch.empty_like(slab, dtype=rows.dtype)
+            run_kernel(
+                pdcr_pairs_kernel,
+                (triton.cdiv(columns, launch.block_j), height // launch.block_i, len(rows)),
+                (
+                    slab,
+                    weights,
+                    laid_out.records.on(device),
+                    packed.floats,
+                    log_z,
+                ),
+                (
+                    first_image,
+                    first,
+                    slab.stride(0),
+                    slab.stride(1),
+                    call.num_compared,
+                    *terms.exponent.values(),
+                    *terms.pair_weight.values(),
+                ),
+                {**terms.modes, "BOUNDED": terms.bounded, **plan.tile_options(launch)},
             )
-            g = _multiply_tiles(packed, terms, launch)
-        else:
-            g = _multiply_slabs(packed, terms)
-        return _write_gradient(packed, terms, g, grad, vectors)
+            last = first + height
+            slabs.add_product(sums[:, first:last], weights, rows[:, first:])
+            if columns > height:
+                slabs.add_product(sums[:, last:], weights[:, :, height:].mT, rows[:, first:last])
+    return PairSums(g, layout.whole_rows(call, plan.ROWS).on(device))
+
+
+def multiply_pairs(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms) -> PairSums:
+    """g of all rows, from their pair weights."""
+    if not call.fused:
+        return _multiply_slabs(call, packed, log_z, terms)
+    multiply = functools.partial(_multiply_tiles, call, packed, log_z, terms)
+    return multiply(
+        plan.choose_launch("backward", call, packed.rows, terms.plain, not terms.bounded, multiply)
+    )

@@ -7,57 +7,87 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from contrastseg_fast.affinity import Affinity
 from contrastseg_fast.kernels._common import processors, sm_table
 from contrastseg_fast.kernels._tuning import Launch, tuned
+from contrastseg_fast.problems import Call, padded
 
-PADDING = 128  # rows are padded to a multiple of it, and so of every BLOCK_I and BLOCK_J
-NARROWEST_FUSED, WIDEST_FUSED = 32, 256  # channels; of fewer, no thread would copy 16 bytes of a tile
 _UNROLLED_CLASSES = 8
+_REGISTERS, _SHARED_MEMORY = 65536, 227 << 10  # of a processor of sm_90
 _LARGEST_EXPONENT = 85.0  # of e; sums of that many exponentials stay finite in fp32
 
 
 class RowLaunch(NamedTuple):
     """What one program of the kernels over rows takes."""
 
-    block_n: int
-    block_c: int
+    elements: int  # vectors times channels
+    loss_rows: int  # vectors, of the loss kernel
     num_warps: int
 
 
+class Launches(NamedTuple):
+    """The launches of one width: for few tiles, which 64 x 64 spread over more programs, and for many."""
+
+    few: Launch
+    many: Launch
+
+
 # By compute capability; then whether the kernel takes the fewest registers (plain exponents, at most two
-# classes, no logarithms); then by padded channels: the next larger entry serves.
+# classes, no logarithms); then by padded channels: the next larger entry serves. Own rows come first: half as
+# many are read twice as often.
+_SMALL = Launch(64, 64, 4, 2)
+_SMALL_DEEP = Launch(64, 64, 4, 3)
+_WIDE = Launch(64, 64, 8, 2)
+_WIDE_DEEP = Launch(64, 64, 8, 3)
 FORWARD = {
     80: {
-        True: {64: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
-        False: {64: Launch(128, 64, 8, 3), 256: Launch(64, 64, 4, 2)},
+        True: {
+            64: Launches(_SMALL_DEEP, Launch(128, 64, 8, 3)),
+            256: Launches(_SMALL, Launch(128, 64, 8, 2)),
+        },
+        False: {64: Launches(_SMALL_DEEP, Launch(128, 64, 8, 3)), 256: Launches(_SMALL, _SMALL)},
     },
     90: {
-        True: {64: Launch(128, 128, 8, 3), 256: Launch(128, 128, 8, 2)},
-        False: {64: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
+        True: {64: Launches(_SMALL_DEEP, _SMALL_DEEP), 256: Launches(_SMALL, Launch(128, 64, 8, 2))},
+        False: {64: Launches(_SMALL_DEEP, _SMALL_DEEP), 256: Launches(_SMALL, Launch(128, 64, 8, 2))},
     },
     100: {
-        True: {64: Launch(128, 128, 8, 3), 256: Launch(128, 128, 8, 2)},
-        False: {64: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
+        True: {
+            64: Launches(_SMALL_DEEP, Launch(128, 64, 8, 3)),
+            256: Launches(_SMALL, Launch(128, 64, 8, 2)),
+        },
+        # A thread keeps the ratios of some own rows in registers: of half as many with 8 warps.
+        False: {64: Launches(_WIDE_DEEP, _WIDE_DEEP), 256: Launches(_WIDE, _WIDE)},
     },
 }
 BACKWARD = {
     80: {
-        True: {64: Launch(128, 64, 8, 3), 128: Launch(64, 64, 4, 2), 256: Launch(64, 64, 8, 2)},
-        False: {256: Launch(64, 64, 8, 2)},
+        True: {
+            64: Launches(_SMALL_DEEP, Launch(128, 64, 8, 3)),
+            128: Launches(_SMALL, _SMALL),
+            256: Launches(_WIDE, _WIDE),
+        },
+        False: {256: Launches(_WIDE, _WIDE)},
     },
     90: {
-        True: {64: Launch(128, 128, 8, 3), 128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 3)},
-        False: {128: Launch(128, 64, 8, 2), 256: Launch(128, 32, 8, 2)},
+        True: {
+            64: Launches(_SMALL_DEEP, Launch(128, 128, 8, 3)),
+            128: Launches(_SMALL, Launch(128, 128, 8, 2)),
+            256: Launches(_SMALL, Launch(128, 64, 8, 3)),
+        },
+        False: {
+            128: Launches(_SMALL, Launch(128, 64, 8, 2)),
+            256: Launches(_WIDE, Launch(128, 32, 8, 2)),
+        },
     },
     100: {
-        True: {128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2)},
-        False: {128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2)},
+        True: {256: Launches(_SMALL, Launch(128, 64, 8, 2))},
+        False: {128: Launches(_SMALL, Launch(128, 64, 8, 2)), 256: Launches(_SMALL, Launch(128, 32, 8, 2))},
     },
 }
+_FEW_TILES = {"forward": 1.5, "backward": 3.0}  # of 128 x 128, for every processor
 # What tuning tries, for every shape.
 CANDIDATES = [
     Launch(block_i, block_j, num_warps, num_stages)
@@ -67,11 +97,17 @@ CANDIDATES = [
 ]
 SLAB_FORWARD = Launch(32, 128, 4, 1)
 SLAB_PAIRS = Launch(32, 128, 4, 1)
-ROWS = RowLaunch(16, 128, 4)
+ROWS = RowLaunch(2048, 1024, 4)
+LOSS_BLOCK = 1024
+MOST_ROWS_WITH_LOSS = 2048  # of an image; the loss of more takes one program too long
+_FORWARD_PROGRAMS, _MOST_COLUMN_TILES = 8, 16  # of the forward pass, on a processor; tiles of one
 
 
 class Terms(NamedTuple):
-    """What the kernels take of an affinity. Dictionaries are by the names of the kernels' arguments."""
+    """What the kernels take of an affinity.
+
+    Modes are passed by name, the values of the other dictionaries in their order, which is that of arguments.
+    """
 
     plain: bool  # t = x d log2(e) / tau, with log2(e) / tau in the packed ratios
     bounded: bool  # no sum of exponentials can leave the range of fp32
@@ -83,9 +119,8 @@ class Terms(NamedTuple):
     gradient: dict[str, float]
 
 
-def terms_of(affinity: Affinity, vectors: Tensor, num_classes: int) -> Terms:
-    """The terms of an affinity for vectors `(B, N, C)` with ratios of M classes."""
-    num_vectors = vectors.shape[1]
+def terms_of(affinity: Affinity, dtype: torch.dtype, num_vectors: int, num_classes: int) -> Terms:
+    """The terms of an affinity for at most `num_vectors` vectors of an image, with ratios of M classes."""
     temperature, distance_scale, categorical, num_bias, num_slope, den_bias, den_slope, shift = affinity
     factor = math.log2(math.e) / temperature
     farthest = 1.0 if categorical else distance_scale * num_classes
@@ -97,7 +132,7 @@ def terms_of(affinity: Affinity, vectors: Tensor, num_classes: int) -> Terms:
     if plain and not categorical:  # most categories are unlike: their weights are smallest with all of it
         separate_bias = num_bias / 4  # by trial
     exponent = {"bias": den_bias * factor, "slope": den_slope * factor, "shift": shift, "unequal": unit}
-    bits = _surplus_bits(vectors.dtype, exponent, factor, num_vectors)
+    bits = _surplus_bits(dtype, exponent, factor, num_vectors)
     return Terms(
         plain=plain,
         bounded=largest <= _LARGEST_EXPONENT,
@@ -137,52 +172,59 @@ def _surplus_bits(dtype: torch.dtype, exponent: dict[str, float], factor: float,
     return max(0, math.ceil(math.log2(max(largest, 1)) - 14))
 
 
-def is_fused(vectors: Tensor) -> bool:
-    """Whether the fused kernels take these vectors; else they go through slabs."""
-    return vectors.dtype in (torch.float16, torch.bfloat16) and vectors.shape[2] <= WIDEST_FUSED
-
-
-def packed_shape(vectors: Tensor) -> tuple[int, int, int]:
-    """B, P and width of the packed rows."""
-    batch, num_vectors, channels = vectors.shape
-    width = 8 * triton.cdiv(channels, 8)
-    if is_fused(vectors):
-        width = max(NARROWEST_FUSED, triton.next_power_of_2(channels))
-    return batch, PADDING * triton.cdiv(num_vectors, PADDING), width
-
-
 def choose_launch(
-    table: dict[int, dict[bool, dict[int, Launch]]],
+    direction: str,
+    call: Call,
     rows: Tensor,
-    num_classes: int,
     plain: bool,
     logged: bool,
     run: Callable[[Launch], object],
 ) -> Launch:
-    """The table's entry for packed rows `(B, P, width)`, or the fastest launch if tuning is requested.
+    """The launch of the table for a call with these packed rows, or the fastest if tuning is requested.
 
     Args:
-        table: `FORWARD` or `BACKWARD`.
+        direction: "forward" or "backward".
         logged: whether the kernel works with logarithms of sums of exponentials.
         run: as for `tuned`.
     """
-    width = rows.shape[2]
+    width = max(map(call.width, call.problems))
+    num_classes = call.num_compared
+    table = FORWARD if direction == "forward" else BACKWARD
     by_width = sm_table(table, rows)[plain and num_classes <= 2 and not logged]
     entry = by_width[min(entry for entry in by_width if entry >= width)]
-    name = "pdcr_fwd" if table is FORWARD else "pdcr_bwd"
+    tiles = sum(call.images(each) * (padded(call.count(each)) // 128) ** 2 for each in call.problems)
+    few = tiles < _FEW_TILES[direction] * processors(rows)
     classes = min(num_classes, _UNROLLED_CLASSES + 1)
-    family = f"{name} {rows.dtype} width {width} classes {classes} {plain=} {logged=}"
-    return tuned(family, entry, CANDIDATES, rows, run)
+    family = f"pdcr_{direction} {rows.dtype} width {width} classes {classes} {plain=} {logged=} {few=}"
+    return tuned(family, entry.few if few else entry.many, CANDIDATES, rows, run)
 
 
-def tiles_per_program(rows: Tensor, launch: Launch, symmetric: bool) -> int:
-    """Column tiles that a program of the forward pass sums up, of packed rows `(B, P, width)`."""
-    batch, padded, _ = rows.shape
-    row_tiles, column_tiles = padded // launch.block_i, padded // launch.block_j
-    if not symmetric:
-        return column_tiles
-    pairs = batch * row_tiles * (column_tiles + 1) // 2
-    return min(max(pairs // (8 * processors(rows)), 1), 16)
+def columns_per_program(direction: str, call: Call, launch: Launch, rows: Tensor) -> int:
+    """Column tiles of the widest rows that a program takes, for calls with these packed rows.
+
+    The forward pass makes many programs. The backward pass makes one wave of them: each writes a part of g.
+    """
+    widest = max(map(call.width, call.problems))
+    cost = 0
+    for problem in call.problems:
+        height = padded(call.count(problem))
+        tiles = height // launch.block_i * (height // launch.block_j)
+        cost += call.images(problem) * tiles * call.width(problem)
+    if direction == "forward":
+        wanted = 2 * _FORWARD_PROGRAMS * processors(rows)  # half of the tiles are computed
+        return min(max(cost // (widest * wanted), 1), _MOST_COLUMN_TILES)
+    return -(-cost // (widest * processors(rows) * _resident(launch, widest)))
+
+
+def most_parts(width: int) -> int:
+    """Parts of g at most: beyond, writing and adding them takes longer than it saves."""
+    return max(4, 512 // width)
+
+
+def _resident(launch: Launch, width: int) -> int:
+    """Programs that a processor holds at once: each takes most of the registers that its warps may have."""
+    stored = (launch.block_i + launch.num_stages * launch.block_j) * width * 2
+    return max(1, min(_REGISTERS // (launch.num_warps * 32 * 255), _SHARED_MEMORY // stored))
 
 
 def tile_options(launch: Launch) -> dict[str, Any]:
@@ -192,15 +234,5 @@ def tile_options(launch: Launch) -> dict[str, Any]:
         "BLOCK_J": launch.block_j,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def row_options() -> dict[str, Any]:
-    """Constexprs and options of a kernel over rows."""
-    return {
-        "BLOCK_N": ROWS.block_n,
-        "BLOCK_C": ROWS.block_c,
-        "num_warps": ROWS.num_warps,
         "enable_fp_fusion": True,
     }

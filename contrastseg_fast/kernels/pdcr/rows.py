@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -10,162 +12,264 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastseg_fast.kernels._common import narrow
-from contrastseg_fast.kernels.pdcr import plan
-from contrastseg_fast.kernels.pdcr.tiles import EXCLUDED, LOG2_E
+from contrastseg_fast.kernels._launch import launch as run_kernel
+from contrastseg_fast.kernels.pdcr import layout, plan
+from contrastseg_fast.kernels.pdcr.layout import (
+    CHANNELS,
+    COUNT_X,
+    COUNT_Y,
+    COUNT_Z,
+    EXTENT_X,
+    EXTENT_Y,
+    EXTENT_Z,
+    INVERSE_LENGTH,
+    PADDED,
+    PHI,
+    POSITIONS_AT,
+    RECORD,
+    ROW_FIRST,
+    ROW_IMAGE,
+    ROW_ITEM,
+    ROW_NUMBER,
+    ROW_RATIOS,
+    ROW_SOURCE,
+    ROW_SOURCE_IMAGE,
+    ROW_SUMS,
+    ROW_VALID,
+    ROW_VALID_SUM,
+    ROW_VECTOR,
+    ROW_VECTORS,
+    ROWS,
+    SCALE,
+    SOURCE,
+    STRIDE_B,
+    STRIDE_C,
+    STRIDE_N,
+    WIDTH,
+    Z,
+)
+from contrastseg_fast.kernels.pdcr.tiles import EXCLUDED
+from contrastseg_fast.kernels.sample_plan import planned_position
+from contrastseg_fast.problems import Call, Source
+
+# How vectors lie in a source: neighbours in memory are positions, channels, or channels in whole words;
+# and where: one after another, by a plan (in 32 bits, in 64), or where positions say.
+BY_POSITION, BY_CHANNEL, BY_WORD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+DENSE, PLANNED, PLANNED_FAR, PLACED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, and how they are read."""
+
+    sources: tuple[Tensor, ...]  # of one dtype
+    ratios: Tensor  # of all segments, or categories
+    ratios_strides: tuple[int, int]  # of vectors, of classes
+    valid: Tensor | None  # bool, or fp32 fractions that are valid from `least_valid` on
+    positions: Tensor | None = None  # int64, of the sources that follow no plan
+    least_valid: float = 0.0
 
 
 class Packed(NamedTuple):
-    """Vectors, ratios and sums of exponentials as the kernels over tiles read them."""
+    """What the forward pass leaves for the backward pass; layout.py says what lies where."""
 
-    rows: Tensor  # (B, P, width)
-    scale: Tensor  # (B, P): 1 / length of the packed row, or EXCLUDED
-    inverse_length: Tensor  # (B, P): 1 / |v|
-    phi: Tensor  # (B, M, P): scaled ratios
-    unit_sum: Tensor  # (B, width): S
-    num_valid: Tensor  # (B,)
-    z_term: Tensor | None  # (B, P): n / Z, or log2(Z / n) unless bounded; None in the forward pass
+    rows: Tensor
+    floats: Tensor
 
 
-@triton.jit(do_not_specialize=["num_vectors", "num_classes", *(f"ratios_stride_{axis}" for axis in "bnm")])
+@triton.jit
+def _position(source_record_ptr, positions_ptr, n, included, PLACE: tl.constexpr):
+    """Where vectors lie in a source, in int64."""
+    if PLACE == DENSE:
+        return n
+    if PLACE == PLACED:
+        return tl.load(positions_ptr + tl.load(source_record_ptr + POSITIONS_AT) + n, included, 0)
+    INTEGER: tl.constexpr = tl.int32 if PLACE == PLANNED else tl.int64
+    position = planned_position(
+        n.to(INTEGER),
+        tl.load(source_record_ptr + EXTENT_Z).to(INTEGER),
+        tl.load(source_record_ptr + EXTENT_Y).to(INTEGER),
+        tl.load(source_record_ptr + EXTENT_X).to(INTEGER),
+        tl.load(source_record_ptr + COUNT_Z).to(INTEGER),
+        tl.load(source_record_ptr + COUNT_Y).to(INTEGER),
+        tl.load(source_record_ptr + COUNT_X).to(INTEGER),
+    )
+    return position.to(tl.int64)
+
+
+@triton.jit
+def _load_vectors(source_ptr, source_record_ptr, image, position, c, included, ORDER: tl.constexpr):
+    """Vectors [BLOCK_N, BLOCK_C] in fp32, read along what are neighbours in memory.
+
+    Each source reads its numbers itself, since `multiple_of` marks an operation: not the caller's.
+    """
+    stride_b = tl.load(source_record_ptr + STRIDE_B)
+    stride_n = tl.load(source_record_ptr + STRIDE_N)
+    channels = tl.load(source_record_ptr + CHANNELS)
+    if ORDER == BY_POSITION:
+        stride_c = tl.load(source_record_ptr + STRIDE_C)
+        ptrs = source_ptr + image * stride_b + (c * stride_c)[:, None] + (position * stride_n)[None, :]
+        return tl.trans(tl.load(ptrs, (c < channels)[:, None] & included[None, :], 0).to(tl.float32))
+    if ORDER == BY_WORD:
+        stride_b = tl.multiple_of(stride_b, 16)
+        stride_n = tl.multiple_of(stride_n, 16)
+        channels = tl.multiple_of(channels, 16)
+    ptrs = source_ptr + image * stride_b + (position * stride_n)[:, None] + c[None, :]
+    return tl.load(ptrs, included[:, None] & (c < channels)[None, :], 0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_classes", "ratios_stride_n", "ratios_stride_m", "num_counters"])
 def pdcr_rows_kernel(
-    vectors_ptr,  # (B, N, C), any strides
-    ratios_ptr,  # (B, N, M), any strides
-    valid_ptr,  # (B, N) or None
-    log_z_ptr,  # (B, N), or None in the forward pass
-    num_valid_ptr,  # (B,)
-    rows_ptr,  # (B, P, width)
-    scale_ptr,  # (B, P)
-    inverse_length_ptr,  # (B, P)
-    phi_ptr,  # (B, M, P)
-    block_sums_ptr,  # (B, blocks, width)
-    z_term_ptr,  # (B, P) or None
-    num_vectors,
-    padded,
-    channels,
-    width,
+    sources,  # tuple of (B, N, C) or maps
+    ratios_ptr,
+    valid_ptr,  # bytes, fp32, or None
+    positions_ptr,  # or None
+    items_ptr,
+    source_records_ptr,
+    records_ptr,
+    rows_ptr,
+    floats_ptr,
+    scratch_ptr,
+    partials_ptr,
     num_classes,
-    vectors_stride_b,
-    vectors_stride_n,
-    vectors_stride_c,
-    ratios_stride_b,
     ratios_stride_n,
     ratios_stride_m,
+    num_counters,
     phi_scale,
+    least_valid,
     UNIT: tl.constexpr,  # whether to pack v / |v|, with scale 1
-    BOUNDED: tl.constexpr,
+    ORDERS: tl.constexpr,  # of the sources
+    PLACES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Packs the rows of one block, and sums their unit vectors."""
-    block = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    included = n < num_vectors
+    """Packs some rows of an image and sums their unit vectors. What later kernels add to becomes zero."""
+    item_ptr = items_ptr + tl.program_id(0) * ROW_ITEM
+    record_ptr = records_ptr + tl.load(item_ptr + ROW_IMAGE) * RECORD
+    source = tl.load(item_ptr + ROW_SOURCE)
+    source_record_ptr = source_records_ptr + source * SOURCE
+    first_row = tl.load(item_ptr + ROW_FIRST)
+    padded = tl.load(record_ptr + PADDED)
+    width = tl.multiple_of(tl.load(record_ptr + WIDTH), 8)
+    step = tl.arange(0, BLOCK_N)
+    in_image = step < tl.load(item_ptr + ROW_NUMBER)  # [BLOCK_N]
+    row = first_row + step
+    n = tl.load(item_ptr + ROW_VECTOR) + step
+    included = in_image & (n < tl.load(item_ptr + ROW_VECTORS))
     if valid_ptr is not None:
-        included = included & (tl.load(valid_ptr + image * num_vectors + n, included, 0) != 0)
-    vector_ptrs = vectors_ptr + image * vectors_stride_b + n.to(tl.int64) * vectors_stride_n  # [BLOCK_N]
+        valid = tl.load(valid_ptr + tl.load(item_ptr + ROW_VALID) + n, included, 0)
+        if valid_ptr.dtype.element_ty == tl.float32:
+            included = included & (valid >= least_valid)
+        else:
+            included = included & (valid != 0)
 
-    largest = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        mask = included[:, None] & (c < channels)[None, :]  # [BLOCK_N, BLOCK_C]
-        v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
+    c = tl.arange(0, BLOCK_C)
+    image = tl.load(item_ptr + ROW_SOURCE_IMAGE)
+    v = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for number in tl.static_range(len(ORDERS)):
+        if source == number:
+            position = _position(source_record_ptr, positions_ptr, n, included, PLACES[number])
+            v = _load_vectors(
+                sources[number], source_record_ptr, image, position, c, included, ORDERS[number]
+            )
+
+    largest = tl.max(tl.abs(v), 1)
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     shrink = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)  # 2^-k: |entries| < 4
-
-    square = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        mask = included[:, None] & (c < channels)[None, :]
-        v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
-        v = v * shrink[:, None]
-        square += tl.sum(v * v, 1)
+    v = v * shrink[:, None]
+    square = tl.sum(v * v, 1)
     length = tl.sqrt_rn(square)
     exponent = (length.to(tl.int32, bitcast=True) >> 23) & 0xFF
     shrink_more = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)  # 1 <= |v''| < 2
     scale = tl.where(square == 0, 0.0, tl.div_rn(1.0, tl.where(square == 0, 1.0, length * shrink_more)))
-
-    for first in range(0, width, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        mask = included[:, None] & (c < channels)[None, :]
-        v = tl.load(vector_ptrs[:, None] + c.to(tl.int64)[None, :] * vectors_stride_c, mask, 0).to(tl.float32)
-        row = v * shrink[:, None] * shrink_more[:, None]
-        unit = row * scale[:, None]
-        if UNIT:
-            row = unit
-        row_ptrs = rows_ptr + (image * padded + n)[:, None] * width + c[None, :]
-        in_width = (c < width)[None, :]
-        tl.store(row_ptrs, narrow(row, rows_ptr.dtype.element_ty), in_width & (n < padded)[:, None])
-        sum_ptrs = block_sums_ptr + (image * tl.num_programs(0) + block) * width + c
-        tl.store(sum_ptrs, tl.sum(unit, 0), c < width)
+    packed = v * shrink_more[:, None]
+    unit = packed * scale[:, None]
+    if UNIT:
+        packed = unit
+    row_ptrs = rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64) + (row * width)[:, None] + c[None, :]
+    in_width = c < width
+    tl.store(row_ptrs, narrow(packed, rows_ptr.dtype.element_ty), in_image[:, None] & in_width[None, :])
+    tl.store(scratch_ptr + tl.load(item_ptr + ROW_SUMS) + c, tl.sum(unit, 0), in_width)
+    tl.store(scratch_ptr + tl.load(item_ptr + ROW_VALID_SUM), tl.sum(included.to(tl.float32), 0))
 
     inverse_length = tl.where(square == 0, 0.0, scale * (shrink * shrink_more))
     if UNIT:
         scale = tl.where(square == 0, 0.0, 1.0)
-    tl.store(scale_ptr + image * padded + n, tl.where(included, scale, EXCLUDED), n < padded)
+    tl.store(floats_ptr + tl.load(record_ptr + SCALE) + row, tl.where(included, scale, EXCLUDED), in_image)
     inverse_length = tl.where(included, inverse_length, 0.0)
-    tl.store(inverse_length_ptr + image * padded + n, inverse_length, n < padded)
-    ratio_ptrs = ratios_ptr + image * ratios_stride_b + n.to(tl.int64) * ratios_stride_n
-    class_ptr = phi_ptr + image * num_classes * padded
+    tl.store(floats_ptr + tl.load(record_ptr + INVERSE_LENGTH) + row, inverse_length, in_image)
+    tl.store(scratch_ptr + tl.load(record_ptr + Z) + row, 0.0, in_image)
+    ratio_ptrs = ratios_ptr + tl.load(item_ptr + ROW_RATIOS) + n * ratios_stride_n
+    phi_ptr = floats_ptr + tl.load(record_ptr + PHI)
     for _ in range(num_classes):
         phi = tl.load(ratio_ptrs, included, 0).to(tl.float32)
-        tl.store(class_ptr + n, phi * phi_scale, n < padded)
+        tl.store(phi_ptr + row, phi * phi_scale, in_image)
         ratio_ptrs += ratios_stride_m
-        class_ptr += padded
-    if log_z_ptr is not None:
-        log_z = tl.load(log_z_ptr + image * num_vectors + n, included, 0)
-        num_valid = tl.load(num_valid_ptr + image).to(tl.float32)
-        if BOUNDED:
-            z_term = tl.where(included, num_valid * tl.exp(-log_z), 0.0)
-        else:
-            z_term = tl.where(included, log_z * LOG2_E - tl.log2(num_valid), float("inf"))
-        tl.store(z_term_ptr + image * padded + n, z_term, n < padded)
+        phi_ptr += padded
+    if tl.program_id(0) == 0:
+        for first in range(0, num_counters, BLOCK_N):
+            tl.store(partials_ptr + first + step, 0.0, first + step < num_counters)
 
 
-def pack(
-    vectors: Tensor, ratios: Tensor, valid: Tensor | None, terms: plan.Terms, log_z: Tensor | None = None
-) -> Packed:
-    """Pack vectors `(B, N, C)` and what goes with them; the backward pass gives `log_z` `(B, N)`."""
-    batch, padded, width = plan.packed_shape(vectors)
-    num_classes = ratios.shape[-1]
-    if valid is None:
-        num_valid = torch.full((batch,), vectors.shape[1], dtype=torch.int64, device=vectors.device)
-    else:
-        valid = valid.contiguous()
-        num_valid = valid.sum(1)
-    blocks = triton.cdiv(padded, plan.ROWS.block_n)
-    rows = vectors.new_empty(batch, padded, width)
-    scale, inverse_length = (vectors.new_empty(batch, padded, dtype=torch.float32) for _ in range(2))
-    z_term = None if log_z is None else torch.empty_like(scale)
-    phi = vectors.new_empty(batch, num_classes, padded, dtype=torch.float32)
-    block_sums = vectors.new_empty(batch, blocks, width, dtype=torch.float32)
-    pdcr_rows_kernel[(blocks, batch)](
-        vectors_ptr=vectors,
-        ratios_ptr=ratios,
-        valid_ptr=None if valid is None else valid.view(torch.uint8),
-        log_z_ptr=log_z,
-        num_valid_ptr=num_valid,
-        rows_ptr=rows,
-        scale_ptr=scale,
-        inverse_length_ptr=inverse_length,
-        phi_ptr=phi,
-        block_sums_ptr=block_sums,
-        z_term_ptr=z_term,
-        num_vectors=vectors.shape[1],
-        padded=padded,
-        channels=vectors.shape[2],
-        width=width,
-        num_classes=num_classes,
-        vectors_stride_b=vectors.stride(0),
-        vectors_stride_n=vectors.stride(1),
-        vectors_stride_c=vectors.stride(2),
-        ratios_stride_b=ratios.stride(0),
-        ratios_stride_n=ratios.stride(1),
-        ratios_stride_m=ratios.stride(2),
-        phi_scale=terms.phi_scale,
-        UNIT=vectors.dtype == torch.float32,
-        BOUNDED=terms.bounded,
-        **plan.row_options(),
+def _order(source: Source) -> int:
+    """How vectors lie in a source."""
+    if source.strides[2] != 1:
+        return BY_POSITION.value
+    in_words = all(number % 16 == 0 for number in (*source.strides[:2], source.channels))
+    return (BY_WORD if in_words else BY_CHANNEL).value
+
+
+def _place(source: Source) -> int:
+    """Where vectors lie in a source."""
+    if source.positions_at >= 0:
+        return PLACED.value
+    if source.extents == source.counts:
+        return DENSE.value
+    largest = 2 * max(map(operator.mul, source.extents, source.counts))
+    return (PLANNED if max(largest, math.prod(source.extents)) < 1 << 31 else PLANNED_FAR).value
+
+
+def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor, Tensor]:
+    """The packed rows of a call; also scratch and partials, which `layout.py` describes."""
+    laid_out = layout.lay_out(call, plan.ROWS)
+    first, sizes = inputs.sources[0], laid_out.sizes
+    packed = Packed(first.new_empty(sizes.rows), first.new_empty(sizes.floats, dtype=torch.float32))
+    scratch = packed.floats.new_empty(sizes.scratch)
+    partials = first.new_empty(sizes.partials, dtype=torch.float64)
+    valid = inputs.valid
+    if valid is not None and valid.dtype == torch.bool:
+        valid = valid.view(torch.uint8)
+    run_kernel(
+        pdcr_rows_kernel,
+        (len(laid_out.row_items),),
+        (
+            inputs.sources,
+            inputs.ratios,
+            valid,
+            inputs.positions,
+            laid_out.row_items.on(first.device),
+            laid_out.sources.on(first.device),
+            laid_out.records.on(first.device),
+            packed.rows,
+            packed.floats,
+            scratch,
+            partials,
+        ),
+        (
+            call.num_compared,
+            inputs.ratios_strides[0],
+            inputs.ratios_strides[1],
+            sizes.counters,
+            terms.phi_scale,
+            inputs.least_valid,
+        ),
+        {
+            "UNIT": first.dtype == torch.float32,
+            "ORDERS": tuple(map(_order, call.sources)),
+            "PLACES": tuple(map(_place, call.sources)),
+            "BLOCK_N": laid_out.block_n,
+            "BLOCK_C": laid_out.block_c,
+            "num_warps": plan.ROWS.num_warps,
+            "enable_fp_fusion": True,
+        },
     )
-    return Packed(rows, scale, inverse_length, phi, block_sums.sum(1), num_valid, z_term)
+    return packed, scratch, partials

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from contrastseg_fast.kernels.pdcr.plan import PADDING, SLAB_FORWARD
+from contrastseg_fast.kernels.pdcr.layout import Layout
+from contrastseg_fast.kernels.pdcr.plan import SLAB_FORWARD
+from contrastseg_fast.problems import PADDING
 
 _SLAB_BYTES = (16 << 20, 64 << 20)  # least and most
+
+
+def problem_rows(laid_out: Layout, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first image and the packed rows `(B, P, width)` of every problem."""
+    for first, stop in laid_out.problem_images.numbers.tolist():
+        image = laid_out.images[first]
+        shape = stop - first, image.padded, image.width
+        yield first, rows[image.rows :][: math.prod(shape)].view(shape)
 
 
 def similarities(rows: Tensor, first_column: Callable[[int], int]) -> Iterator[tuple[int, int, Tensor]]:

@@ -61,10 +61,7 @@ def distances(
 
 
 @triton.jit
-def exponents(similarity, distance, bias, slope, shift, PLAIN: tl.constexpr):
-    """t of a tile, and x d up to a constant factor."""
-    if PLAIN:
-        t = similarity * distance
-        return t, t
+def exponents(similarity, distance, bias, slope, shift):
+    """t of a tile, and x d, unless exponents are plain."""
     x = similarity - shift
     return x * (bias + slope * distance), x * distance

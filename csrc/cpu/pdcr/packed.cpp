@@ -254,7 +254,7 @@ namespace {
 
 template <class Output, class T>
 void write_gradient_as(const Packed<T>& packed, const std::vector<Image<T>>& images, const Affinity<double>& affinity,
-                       const T* grad, Tensor& out) {
+                       const std::vector<double>& image_grads, Tensor& out) {
   Output* target = static_cast<Output*>(out.mutable_data_ptr());
   const int64_t count = out.size(1), channels = packed.channels();
   const T bias = static_cast<T>(-2 * affinity.num_bias);
@@ -265,7 +265,7 @@ void write_gradient_as(const Packed<T>& packed, const std::vector<Image<T>>& ima
   for (int64_t index = 0; index < packed.batch(); ++index) {
     const Image<T>& image = images[index];
     const double n = static_cast<double>(image.count);
-    const double factor = image.count == 0 ? 0 : static_cast<double>(grad[index]) / (affinity.temperature * n * n);
+    const double factor = image.count == 0 ? 0 : image_grads[index] / (affinity.temperature * n * n);
     const std::vector<double> sum = packed.unit_sum(index);
     const std::vector<T> unit_sum(sum.begin(), sum.end());
     torch::stable::parallel_for(0, image.count, 64, [&](int64_t begin, int64_t end) {
@@ -285,14 +285,14 @@ void write_gradient_as(const Packed<T>& packed, const std::vector<Image<T>>& ima
 
 template <class T>
 void write_gradient(const Packed<T>& packed, const std::vector<Image<T>>& images, const Affinity<double>& affinity,
-                    const T* grad, Tensor& out) {
+                    const std::vector<double>& image_grads, Tensor& out) {
   if constexpr (std::is_same_v<T, double>) {
-    write_gradient_as<double>(packed, images, affinity, grad, out);
+    write_gradient_as<double>(packed, images, affinity, image_grads, out);
   } else {
     switch (out.scalar_type()) {
-      case ScalarType::Float: return write_gradient_as<float>(packed, images, affinity, grad, out);
-      case ScalarType::Half: return write_gradient_as<Half>(packed, images, affinity, grad, out);
-      default: return write_gradient_as<BFloat16>(packed, images, affinity, grad, out);
+      case ScalarType::Float: return write_gradient_as<float>(packed, images, affinity, image_grads, out);
+      case ScalarType::Half: return write_gradient_as<Half>(packed, images, affinity, image_grads, out);
+      default: return write_gradient_as<BFloat16>(packed, images, affinity, image_grads, out);
     }
   }
 }
@@ -300,8 +300,8 @@ void write_gradient(const Packed<T>& packed, const std::vector<Image<T>>& images
 template class Packed<float>;
 template class Packed<double>;
 template void write_gradient(const Packed<float>&, const std::vector<Image<float>>&, const Affinity<double>&,
-                             const float*, Tensor&);
+                             const std::vector<double>&, Tensor&);
 template void write_gradient(const Packed<double>&, const std::vector<Image<double>>&, const Affinity<double>&,
-                             const double*, Tensor&);
+                             const std::vector<double>&, Tensor&);
 
 }  // namespace csf::pdcr

@@ -74,9 +74,9 @@ class Packed {
   Buffer<double> block_sums_;
 };
 
-// The gradient of the vectors, from the images' `grad` and the incoming gradient of every image's loss.
+// The gradient of the vectors, from the images' `grad` and the incoming gradient of L / n^2 of every image.
 template <class T>
 void write_gradient(const Packed<T>& packed, const std::vector<Image<T>>& images, const Affinity<double>& affinity,
-                    const T* grad, Tensor& out);
+                    const std::vector<double>& image_grads, Tensor& out);
 
 }  // namespace csf::pdcr

@@ -1,5 +1,5 @@
-// PDCR on the CPU: loss and gradient by symmetric tiles, in fp32 (fp64 for fp64), N x N never stored. Tested by
-// tests/test_pdcr.py.
+// PDCR on the CPU: loss and gradient by symmetric tiles, in fp32 (fp64 for fp64), N x N never stored. Losses are reduced
+// over images in double. Tested by tests/test_pdcr.py.
 //
 // Vectors are packed (packed.h); then the tiles, each the pairs of two blocks of vectors, are computed in an order in
 // which threads seldom wait for each other (schedule.h). A tile pair whose ratios are all equal has d = 0 and is skipped: it adds a
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -99,9 +100,37 @@ void count_skipped(const Image<T>& image) {
   }
 }
 
+enum class Reduction { kNone, kMean, kSum };
+
+// Takes the argument `reduction` of an operator. A check in Python comes before, but an exported program may skip it.
+Reduction take_reduction(StringHandle handle) {
+  const String word(handle);
+  if (word.view() == "none") return Reduction::kNone;
+  if (word.view() == "mean") return Reduction::kMean;
+  STD_TORCH_CHECK(word.view() == "sum", "reduction: expected 'none', 'mean' or 'sum', got '", std::string(word.view()),
+                  "'");
+  return Reduction::kSum;
+}
+
+// What L / n^2 of every image is multiplied by before the sum over images.
+template <class T>
+std::vector<double> image_shares(const std::vector<Image<T>>& images, Reduction reduction) {
+  std::vector<double> shares(images.size(), 1.0);
+  if (reduction == Reduction::kMean) {
+    const auto has_vectors = [](const Image<T>& image) { return image.count > 0; };
+    const int64_t number = std::count_if(images.begin(), images.end(), has_vectors);
+    std::fill(shares.begin(), shares.end(), 1.0 / static_cast<double>(std::max<int64_t>(1, number)));
+  } else if (reduction == Reduction::kSum) {
+    std::transform(images.begin(), images.end(), shares.begin(), [](const Image<T>& image) {
+      return static_cast<double>(image.count) * static_cast<double>(image.count);
+    });
+  }
+  return shares;
+}
+
 template <class T>
 void forward(const Tensor& vectors, const Tensor& ratios, const std::optional<Tensor>& valid,
-             const Affinity<double>& affinity, Tensor& loss, Tensor& log_z) {
+             const Affinity<double>& affinity, Reduction reduction, Tensor& loss, Tensor& log_z) {
   const Packed<T> packed(vectors, ratios, valid, affinity, false);
   const Buffer<double> z(packed.rows(), 0.0), maximum(packed.rows());
   const Buffer<double> attraction(packed.rows() / kBlock, 0.0);
@@ -120,6 +149,8 @@ void forward(const Tensor& vectors, const Tensor& ratios, const std::optional<Te
   T* loss_data = static_cast<T*>(loss.mutable_data_ptr());
   T* log_z_data = static_cast<T*>(log_z.mutable_data_ptr());
   std::fill_n(log_z_data, log_z.numel(), T(0));
+  const std::vector<double> shares = image_shares(images, reduction);
+  double total = 0;
   for (int64_t index = 0; index < packed.batch(); ++index) {
     const Image<T>& image = images[index];
     const double n = static_cast<double>(image.count);
@@ -133,13 +164,19 @@ void forward(const Tensor& vectors, const Tensor& ratios, const std::optional<Te
     double square = 0;
     for (const double value : packed.unit_sum(index)) square += value * value;
     const double numerator = affinity.num_bias * (square - affinity.shift * n * n) + affinity.num_slope * attracted;
-    loss_data[index] = image.count == 0 ? T(0) : static_cast<T>((n * sum - numerator / affinity.temperature) / (n * n));
+    const double image_loss = image.count == 0 ? 0 : (n * sum - numerator / affinity.temperature) / (n * n);
+    if (reduction == Reduction::kNone) {
+      loss_data[index] = static_cast<T>(image_loss);
+    } else {
+      total += image_loss * shares[index];
+    }
   }
+  if (reduction != Reduction::kNone) loss_data[0] = static_cast<T>(total);
 }
 
 template <class T>
 Tensor backward(const Tensor& grad, const Tensor& log_z, const Tensor& vectors, const Tensor& ratios,
-                const std::optional<Tensor>& valid, const Affinity<double>& affinity) {
+                const std::optional<Tensor>& valid, const Affinity<double>& affinity, Reduction reduction) {
   Packed<T> packed(vectors, ratios, valid, affinity, true);
   const int64_t row_size = packed.stripes() * kStripe;
   const Buffer<T> z_terms(packed.rows(), T(0));
@@ -160,8 +197,13 @@ Tensor backward(const Tensor& grad, const Tensor& log_z, const Tensor& vectors, 
   run_tiles<true>(packed, images, affinity);
   packed.release_columns();
 
+  std::vector<double> image_grads = image_shares(images, reduction);
+  const T* grad_data = grad.const_data_ptr<T>();
+  for (size_t index = 0; index < image_grads.size(); ++index) {
+    image_grads[index] *= static_cast<double>(grad_data[reduction == Reduction::kNone ? index : 0]);
+  }
   Tensor out = torch::stable::new_empty(vectors, vectors.sizes());
-  write_gradient(packed, images, affinity, grad.const_data_ptr<T>(), out);
+  write_gradient(packed, images, affinity, image_grads, out);
   return out;
 }
 
@@ -170,25 +212,34 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
-std::tuple<Tensor, Tensor> pdcr_forward(Tensor vectors, Tensor ratios, std::optional<Tensor> valid,
-                                        std::vector<double> affinity, StringHandle backend) {
+// Of the results, `rows` and `floats` are for GPUs, and empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pdcr_forward(Tensor vectors, Tensor ratios, std::optional<Tensor> valid,
+                                                        std::vector<double> affinity, StringHandle reduction_word,
+                                                        StringHandle backend) {
+  const Reduction reduction = take_reduction(reduction_word);
   check_runs_on_cpu(backend);
   const bool is_double = vectors.scalar_type() == ScalarType::Double;
   const auto dtype = is_double ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = torch::stable::new_empty(vectors, {vectors.size(0)}, dtype);
+  std::vector<int64_t> loss_shape;
+  if (reduction == Reduction::kNone) loss_shape.push_back(vectors.size(0));
+  Tensor loss = torch::stable::new_empty(vectors, loss_shape, dtype);
   Tensor log_z = torch::stable::new_empty(vectors, {vectors.size(0), vectors.size(1)}, dtype);
   (is_double ? forward<double> : forward<float>)(vectors, torch::stable::contiguous(ratios), dense(valid),
-                                                 make_affinity(affinity), loss, log_z);
-  return {loss, log_z};
+                                                 make_affinity(affinity), reduction, loss, log_z);
+  Tensor rows = torch::stable::new_empty(vectors, {0});
+  Tensor floats = torch::stable::new_empty(vectors, {0}, ScalarType::Float);
+  return {loss, log_z, rows, floats};
 }
 
 Tensor pdcr_backward(Tensor grad, Tensor log_z, Tensor vectors, Tensor ratios, std::optional<Tensor> valid,
-                     std::vector<double> affinity, StringHandle backend) {
+                     Tensor /*rows*/, Tensor /*floats*/, std::vector<double> affinity, StringHandle reduction_word,
+                     StringHandle backend) {
+  const Reduction reduction = take_reduction(reduction_word);
   check_runs_on_cpu(backend);
   const bool is_double = vectors.scalar_type() == ScalarType::Double;
   return (is_double ? backward<double> : backward<float>)(
       torch::stable::contiguous(grad), torch::stable::contiguous(log_z), vectors, torch::stable::contiguous(ratios),
-      dense(valid), make_affinity(affinity));
+      dense(valid), make_affinity(affinity), reduction);
 }
 
 }  // namespace

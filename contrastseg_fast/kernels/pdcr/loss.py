@@ -1,0 +1,431 @@
+"""The losses of images from their sums, log Z of every vector, and what the backward pass needs besides.
+
+The last program that adds to an image's sums goes on and computes its loss. Of images with many vectors, a
+kernel of its own spreads that over several programs. All sums are of fp64, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastseg_fast.kernels._launch import launch as run_kernel
+from contrastseg_fast.kernels.pdcr import layout, plan
+from contrastseg_fast.kernels.pdcr.layout import (
+    BLOCKS,
+    COUNT,
+    COUNTER,
+    LOG_Z,
+    LOSS,
+    LOSS_ITEM,
+    PART_SUMS,
+    PARTIAL,
+    PARTS,
+    RECORD,
+    RESULT,
+    SCALE,
+    STATS,
+    SUMS,
+    UNIT_SUM,
+    VALID,
+    WIDTH,
+    Z,
+)
+from contrastseg_fast.kernels.pdcr.rows import Packed
+from contrastseg_fast.kernels.pdcr.tiles import LN_2, is_excluded
+from contrastseg_fast.problems import Call
+
+
+@triton.jit
+def _count(counter_ptr):
+    """Counts a program that has stored its results; returns how many were counted before it."""
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    return tl.atomic_add(counter_ptr, 1.0)
+
+
+@triton.jit
+def _share(number, part, parts):
+    """Where part `part` of `number` things begins."""
+    return number * part // parts
+
+
+@triton.jit
+def _sum_part(
+    record_ptr,
+    part,
+    scale_ptr,
+    z_ptr,
+    log_z_ptr,
+    scratch_ptr,
+    attraction_ptr,
+    partials_ptr,
+    attraction_begin,
+    attraction_end,
+    LOGGED: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One part's sums of log Z, weighted similarities, valid vectors and unit vectors."""
+    count = tl.load(record_ptr + COUNT)
+    parts = tl.load(record_ptr + PARTS)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in tl.static_range(0, ROWS_AT_ONCE, BLOCK):
+        n = part * ROWS_AT_ONCE + first + tl.arange(0, BLOCK)
+        inside = n < count
+        included = inside & ~is_excluded(tl.load(scale_ptr + n, inside, 0.0))
+        z = tl.load(z_ptr + n, included, 1.0, cache_modifier=".cg")  # other programs added to it
+        log_z = z * LN_2 if LOGGED else tl.log(z)
+        log_z = tl.where(included, log_z, 0.0)
+        tl.store(log_z_ptr + n, log_z, inside)
+        total += log_z.to(tl.float64)
+    attraction = tl.zeros([BLOCK], tl.float64)
+    number = attraction_end - attraction_begin
+    stop = attraction_begin + _share(number, part + 1, parts)
+    for first in range(attraction_begin + _share(number, part, parts), stop, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        values = tl.load(attraction_ptr + slot, slot < stop, 0.0, cache_modifier=".cg")
+        attraction += values.to(tl.float64)
+    blocks = tl.load(record_ptr + BLOCKS)
+    first_block = _share(blocks, part, parts)
+    last_block = _share(blocks, part + 1, parts)
+    valid = tl.zeros([BLOCK], tl.float32)
+    for first in range(first_block, last_block, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        valid += tl.load(scratch_ptr + tl.load(record_ptr + VALID) + block, block < last_block, 0.0)
+    width = tl.load(record_ptr + WIDTH)
+    c = tl.arange(0, BLOCK_C)
+    sums = tl.zeros([BLOCK_C], tl.float32)
+    for block in range(first_block, last_block):
+        sums += tl.load(scratch_ptr + tl.load(record_ptr + SUMS) + block * width + c, c < width, 0.0)
+    tl.store(scratch_ptr + tl.load(record_ptr + PART_SUMS) + part * width + c, sums, c < width)
+    partials_ptr += tl.load(record_ptr + PARTIAL) + 3 * part
+    tl.store(partials_ptr, tl.sum(total, 0))
+    tl.store(partials_ptr + 1, tl.sum(attraction, 0))
+    tl.store(partials_ptr + 2, tl.sum(valid.to(tl.float64), 0))
+
+
+@triton.jit
+def _finish_image(
+    record_ptr,
+    floats_ptr,
+    scratch_ptr,
+    partials_ptr,
+    loss_ptr,
+    inverse_temperature,
+    num_bias,
+    attraction_scale,
+    shift,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The loss of an image from the sums of its parts, in fp64."""
+    parts = tl.load(record_ptr + PARTS)
+    width = tl.load(record_ptr + WIDTH)
+    total = tl.zeros([BLOCK], tl.float64)
+    attraction = tl.zeros([BLOCK], tl.float64)
+    valid = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        ptrs = partials_ptr + tl.load(record_ptr + PARTIAL) + 3 * part
+        total += tl.load(ptrs, part < parts, 0.0, cache_modifier=".cg")
+        attraction += tl.load(ptrs + 1, part < parts, 0.0, cache_modifier=".cg")
+        valid += tl.load(ptrs + 2, part < parts, 0.0, cache_modifier=".cg")
+    c = tl.arange(0, BLOCK_C)
+    unit_sum = tl.zeros([BLOCK_C], tl.float32)
+    for part in range(parts):
+        ptrs = scratch_ptr + tl.load(record_ptr + PART_SUMS) + part * width + c
+        unit_sum += tl.load(ptrs, c < width, 0.0, cache_modifier=".cg")
+    tl.store(floats_ptr + tl.load(record_ptr + UNIT_SUM) + c, unit_sum, c < width)
+    n = tl.sum(valid, 0)
+    square = tl.sum(unit_sum.to(tl.float64) * unit_sum.to(tl.float64), 0)
+    weights = num_bias * (square - shift * n * n) + attraction_scale * tl.sum(attraction, 0)
+    pairs = tl.maximum(n * n, 1.0)
+    loss = tl.where(n > 0, (n * tl.sum(total, 0) - inverse_temperature * weights) / pairs, 0.0)
+    stats_ptr = floats_ptr + tl.load(record_ptr + STATS)
+    tl.store(stats_ptr, n.to(tl.float32))
+    if REDUCTION == "none":
+        tl.store(stats_ptr + 1, (1 / pairs).to(tl.float32))
+        tl.store(loss_ptr + tl.load(record_ptr + LOSS), loss.to(tl.float32))
+    else:
+        tl.store(partials_ptr + tl.load(record_ptr + RESULT), loss)
+
+
+@triton.jit
+def _reduce(
+    records_ptr,
+    problems_ptr,
+    floats_ptr,
+    partials_ptr,
+    loss_ptr,
+    num_problems,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One loss from those of all images, averaged over problems, and the weights of images in it."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for problem in range(num_problems):
+        begin = tl.load(problems_ptr + 2 * problem)
+        end = tl.load(problems_ptr + 2 * problem + 1)
+        with_vectors = tl.zeros([BLOCK], tl.float64)
+        of_problem = tl.zeros([BLOCK], tl.float64)
+        for first in range(begin, end, BLOCK):
+            image = first + tl.arange(0, BLOCK)
+            record_ptrs = records_ptr + image * RECORD
+            inside = image < end
+            result = tl.load(record_ptrs + RESULT, inside, 0)
+            loss = tl.load(partials_ptr + result, inside, 0.0, cache_modifier=".cg")
+            n = tl.load(
+                floats_ptr + tl.load(record_ptrs + STATS, inside, 0), inside, 0.0, cache_modifier=".cg"
+            )
+            n = n.to(tl.float64)
+            with_vectors += tl.where(n > 0, 1.0, 0.0)
+            of_problem += loss if REDUCTION == "mean" else loss * n * n
+        divisor = (tl.maximum(tl.sum(with_vectors, 0), 1.0) if REDUCTION == "mean" else 1.0) * num_problems
+        for first in range(begin, end, BLOCK):
+            image = first + tl.arange(0, BLOCK)
+            inside = image < end
+            stats_ptrs = floats_ptr + tl.load(records_ptr + image * RECORD + STATS, inside, 0)
+            n = tl.load(stats_ptrs, inside, 0.0, cache_modifier=".cg").to(tl.float64)
+            weight = 1 / (tl.maximum(n * n, 1.0) * divisor) if REDUCTION == "mean" else 1 / divisor + n * 0
+            tl.store(stats_ptrs + 1, weight.to(tl.float32), inside)
+        total += of_problem / divisor
+    tl.store(loss_ptr, tl.sum(total, 0).to(tl.float32))
+
+
+@triton.jit
+def _finish(
+    record_ptr,
+    records_ptr,
+    problems_ptr,
+    floats_ptr,
+    scratch_ptr,
+    partials_ptr,
+    loss_ptr,
+    num_images,
+    num_problems,
+    inverse_temperature,
+    num_bias,
+    attraction_scale,
+    shift,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The loss of an image whose parts are finished; and of the call, if this is its last image."""
+    _finish_image(
+        record_ptr,
+        floats_ptr,
+        scratch_ptr,
+        partials_ptr,
+        loss_ptr,
+        inverse_temperature,
+        num_bias,
+        attraction_scale,
+        shift,
+        REDUCTION,
+        BLOCK,
+        BLOCK_C,
+    )
+    if REDUCTION != "none":
+        finished = _count(partials_ptr)
+        if finished == num_images - 1:
+            _reduce(
+                records_ptr, problems_ptr, floats_ptr, partials_ptr, loss_ptr, num_problems, REDUCTION, BLOCK
+            )
+
+
+@triton.jit
+def finish_after_tiles(
+    image,
+    records_ptr,
+    problems_ptr,
+    spans_ptr,
+    floats_ptr,
+    scratch_ptr,
+    attraction_ptr,
+    partials_ptr,
+    log_z_ptr,
+    loss_ptr,
+    num_images,
+    num_problems,
+    inverse_temperature,
+    num_bias,
+    attraction_scale,
+    loss_shift,
+    LOGGED: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The end of a program over tiles: an image's last one computes the loss of the image."""
+    record_ptr = records_ptr + image * RECORD
+    begin = tl.load(spans_ptr + 2 * image)
+    end = tl.load(spans_ptr + 2 * image + 1)
+    finished = _count(partials_ptr + tl.load(record_ptr + COUNTER))
+    if finished == end - begin - 1:
+        for part in range(tl.load(record_ptr + PARTS)):
+            _sum_part(
+                record_ptr,
+                part,
+                floats_ptr + tl.load(record_ptr + SCALE),
+                scratch_ptr + tl.load(record_ptr + Z),
+                log_z_ptr + tl.load(record_ptr + LOG_Z),
+                scratch_ptr,
+                attraction_ptr,
+                partials_ptr,
+                begin,
+                end,
+                LOGGED,
+                ROWS_AT_ONCE,
+                BLOCK,
+                BLOCK_C,
+            )
+        tl.debug_barrier()  # `_finish` reads what other threads have stored
+        _finish(
+            record_ptr,
+            records_ptr,
+            problems_ptr,
+            floats_ptr,
+            scratch_ptr,
+            partials_ptr,
+            loss_ptr,
+            num_images,
+            num_problems,
+            inverse_temperature,
+            num_bias,
+            attraction_scale,
+            loss_shift,
+            REDUCTION,
+            BLOCK,
+            BLOCK_C,
+        )
+
+
+@triton.jit(do_not_specialize=["num_images", "num_problems"])
+def pdcr_loss_kernel(
+    items_ptr,
+    records_ptr,
+    problems_ptr,
+    spans_ptr,
+    floats_ptr,
+    scratch_ptr,
+    attraction_ptr,
+    partials_ptr,
+    log_z_ptr,
+    loss_ptr,
+    num_images,
+    num_problems,
+    inverse_temperature,
+    num_bias,
+    attraction_scale,
+    shift,
+    LOGGED: tl.constexpr,  # whether z is log2 of the sums
+    REDUCTION: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """log Z of some vectors; the last program of an image computes its loss, the last of all reduces them."""
+    item_ptr = items_ptr + tl.program_id(0) * LOSS_ITEM
+    image = tl.load(item_ptr)
+    record_ptr = records_ptr + image * RECORD
+    _sum_part(
+        record_ptr,
+        tl.load(item_ptr + 1),
+        floats_ptr + tl.load(record_ptr + SCALE),
+        scratch_ptr + tl.load(record_ptr + Z),
+        log_z_ptr + tl.load(record_ptr + LOG_Z),
+        scratch_ptr,
+        attraction_ptr,
+        partials_ptr,
+        tl.load(spans_ptr + 2 * image),
+        tl.load(spans_ptr + 2 * image + 1),
+        LOGGED,
+        ROWS_AT_ONCE,
+        BLOCK,
+        BLOCK_C,
+    )
+    finished = _count(partials_ptr + tl.load(record_ptr + COUNTER))
+    if finished == tl.load(record_ptr + PARTS) - 1:
+        _finish(
+            record_ptr,
+            records_ptr,
+            problems_ptr,
+            floats_ptr,
+            scratch_ptr,
+            partials_ptr,
+            loss_ptr,
+            num_images,
+            num_problems,
+            inverse_temperature,
+            num_bias,
+            attraction_scale,
+            shift,
+            REDUCTION,
+            BLOCK,
+            BLOCK_C,
+        )
+
+
+class Losses(NamedTuple):
+    """What the forward pass returns, and how it is computed."""
+
+    loss: Tensor
+    log_z: Tensor
+    numbers: tuple[float, ...]  # of images and problems, and the terms of the loss
+    constants: dict[str, Any]
+
+
+def new_losses(call: Call, packed: Packed, terms: plan.Terms, symmetric: bool, reduction: str) -> Losses:
+    """Results to fill: a scalar, or a loss for every image of every problem; and log Z of all vectors."""
+    laid_out = layout.lay_out(call, plan.ROWS)
+    return Losses(
+        packed.floats.new_empty((laid_out.sizes.losses,) if reduction == "none" else ()),
+        packed.floats.new_empty(laid_out.sizes.log_z),
+        (len(laid_out.images), len(call.problems), *terms.loss.values()),
+        {
+            "LOGGED": not symmetric,
+            "REDUCTION": reduction,
+            "ROWS_AT_ONCE": plan.ROWS.loss_rows,
+            "BLOCK": plan.LOSS_BLOCK,
+            "BLOCK_C": laid_out.block_c,
+        },
+    )
+
+
+def write_loss(
+    call: Call,
+    packed: Packed,
+    scratch: Tensor,
+    partials: Tensor,
+    attraction: Tensor,
+    spans: Tensor,
+    losses: Losses,
+) -> None:
+    """Fill the losses after all tiles, where their last programs did not."""
+    laid_out = layout.lay_out(call, plan.ROWS)
+    device = scratch.device
+    run_kernel(
+        pdcr_loss_kernel,
+        (len(laid_out.loss_items),),
+        (
+            laid_out.loss_items.on(device),
+            laid_out.records.on(device),
+            laid_out.problem_images.on(device),
+            spans,
+            packed.floats,
+            scratch,
+            attraction,
+            partials,
+            losses.log_z,
+            losses.loss,
+        ),
+        losses.numbers,
+        {**losses.constants, "enable_fp_fusion": True},
+    )

@@ -1,0 +1,109 @@
+"""What a call of PDCR computes, as plain integers: where vectors come from, and which of them make pairs.
+
+A call has sources and problems. A source is a tensor that vectors are taken from: `(B, N, C)`, or a feature
+map and the positions of its samples. A problem is a set of images, each with the vectors that make pairs with
+each other. It is made of segments: all vectors of a source, as rows that follow each other in every image.
+`CallPlan` (call_plan.py) says what a call of `PDCRLoss` asks for; `Call` says what the kernels compute of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+PADDING = 128  # rows of an image are padded to a multiple of it, and so of every tile
+NARROWEST_FUSED, WIDEST_FUSED = 32, 256  # channels; of fewer, no thread would copy 16 bytes of a tile
+_ALIGNMENT = 64  # numbers: every array in a shared tensor begins at a multiple of it
+
+
+class Source(NamedTuple):
+    """A tensor that vectors are taken from, `(B, N, C)` or a map with its spatial axes flattened."""
+
+    images: int
+    num_vectors: int  # of an image
+    channels: int
+    strides: tuple[int, int, int]  # of images, of vectors (or of positions in a map), of channels
+    extents: tuple[int, int, int]  # of the plan of its samples, see `sample_plan.py`
+    counts: tuple[int, int, int]
+    positions_at: int = -1  # where its positions begin among those that are given; -1 if they follow the plan
+
+    @classmethod
+    def dense(cls, shape: Sequence[int], strides: Sequence[int]) -> Source:
+        """Vectors `(B, N, C)`."""
+        images, count, channels = shape
+        of_images, of_vectors, of_channels = strides
+        axes = (1, 1, count)
+        return cls(images, count, channels, (of_images, of_vectors, of_channels), axes, axes)
+
+
+class Segment(NamedTuple):
+    """The vectors of one source as rows of a problem."""
+
+    source: int
+    ratios_at: int  # where its ratios or categories begin
+    ratios_stride: int  # of images
+    valid_at: int  # where it begins to say which vectors are valid
+    valid_stride: int
+
+
+class Problem(NamedTuple):
+    """Vectors that make pairs: all segments' of an image, or (merged) of all images."""
+
+    segments: tuple[Segment, ...]
+    merged: bool = False
+
+
+class Call(NamedTuple):
+    """Everything about a call that does not change with the numbers in its tensors."""
+
+    sources: tuple[Source, ...]
+    problems: tuple[Problem, ...]
+    num_compared: int  # M, or 1 category
+    fused: bool  # whether the fused kernels multiply, see `packed_width`
+
+    def images(self, problem: Problem) -> int:
+        """Images of a problem."""
+        return 1 if problem.merged else self.sources[problem.segments[0].source].images
+
+    def count(self, problem: Problem) -> int:
+        """Vectors in each image of a problem."""
+        sources = [self.sources[segment.source] for segment in problem.segments]
+        count = sum(source.num_vectors for source in sources)
+        return count * sources[0].images if problem.merged else count
+
+    def width(self, problem: Problem) -> int:
+        """Channels of a problem's packed rows."""
+        return packed_width(self.sources[problem.segments[0].source].channels, self.fused)
+
+
+def padded(count: int) -> int:
+    """Rows of an image of `count` vectors."""
+    return PADDING * -(-count // PADDING)
+
+
+def is_fused(dtype: torch.dtype, channels: int) -> bool:
+    """Whether the fused kernels take vectors of this many channels; else they go through slabs."""
+    return dtype in (torch.float16, torch.bfloat16) and channels <= WIDEST_FUSED
+
+
+def packed_width(channels: int, fused: bool) -> int:
+    """Channels of packed rows: a power of two for the fused kernels, a multiple of 8 for all others."""
+    if fused:
+        return max(NARROWEST_FUSED, 1 << (channels - 1).bit_length())
+    return 8 * -(-channels // 8)
+
+
+def aligned(numbers: int) -> int:
+    """`numbers` rounded up to whole pieces of memory."""
+    return _ALIGNMENT * -(-numbers // _ALIGNMENT)
+
+
+def saved_floats(count: int, width: int, num_compared: int) -> int:
+    """What the backward pass needs of an image besides its rows and log Z, in fp32.
+
+    These are scales, inverse lengths and ratios of its rows, the sum of its unit vectors, its number of valid
+    vectors and its weight.
+    """
+    return padded(count) * (2 + num_compared) + aligned(width) + _ALIGNMENT
