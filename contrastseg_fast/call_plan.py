@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast.affinity import AFFINITIES, CLASS_DISTANCES, select_compared
+from contrastseg_fast.problems import Call, Problem, Segment, Source
 from contrastseg_fast.receptive_field.field import AxisGrid
 from contrastseg_fast.sample_plan import SamplePlan, first_pixels
 
@@ -114,6 +115,30 @@ class CallPlan(NamedTuple):
     def num_problems(self) -> int:
         """Losses of each image, or of all: one for every set and size, in this order."""
         return len(self.sets) * len(self.patches)
+
+    def num_compared(self, categorical: bool) -> int:
+        """Numbers that are compared of each vector: one category, or the ratios of the classes that count."""
+        return 1 if categorical else self.num_classes - (not self.include_background)
+
+    def joined_problems(self, shapes: Sequence[LayerShape], num_compared: int) -> list[Problem]:
+        """The problems, with what is compared and what is valid joined: one problem after another."""
+        problems, first = [], 0
+        for layers in self.sets:
+            count, batch = sum(shapes[layer].num_vectors for layer in layers), shapes[layers[0]].batch
+            for _ in self.patches:
+                segments, row = [], first
+                for layer in layers:
+                    segments.append(Segment(layer, row * num_compared, count * num_compared, row, count))
+                    row += shapes[layer].num_vectors
+                problems.append(Problem(tuple(segments), self.merged))
+                first += batch * count
+        return problems
+
+    def sizes(self, shapes: Sequence[LayerShape], categorical: bool, dtype: torch.dtype) -> Call:
+        """The call without where its inputs lie: enough for the backward pass, which reads none of them."""
+        num_compared = self.num_compared(categorical)
+        sources = [Source.dense(shape[:3], (0, 0, 1)) for shape in shapes]
+        return Call.make(sources, self.joined_problems(shapes, num_compared), num_compared, dtype)
 
     def starts(self, layer: int, patches: Patches, positions: Tensor) -> Tensor:
         """The first pixels `(N, D)` of a layer's patches; positions are those given, if it has no plan."""

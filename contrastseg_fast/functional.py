@@ -22,6 +22,7 @@ from contrastseg_fast.affinity import (
     make_affinity,
     select_compared,
 )
+from contrastseg_fast.call_plan import BORDERS, REDUCTIONS
 from contrastseg_fast.ops import _dispatch
 from contrastseg_fast.ops import entropy_gate as _entropy_gate_op
 from contrastseg_fast.ops import foreground_ratio as _foreground_ratio_op
@@ -45,9 +46,6 @@ __all__ = [
     "sample_grid",
     "warmup_weight",
 ]
-
-REDUCTIONS = ("none", "mean", "sum")
-BORDERS = ("full", "clip", "background")
 
 
 def pdcr_loss(

@@ -8,7 +8,7 @@ each other. It is made of segments: all vectors of a source, as rows that follow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,15 @@ class Call(NamedTuple):
     num_compared: int  # M, or 1 category
     fused: bool  # whether the fused kernels multiply, see `packed_width`
 
+    @classmethod
+    def make(
+        cls, sources: Iterable[Source], problems: Iterable[Problem], num_compared: int, dtype: torch.dtype
+    ) -> Call:
+        """The call of sources of this dtype."""
+        sources = tuple(sources)
+        widest = max(source.channels for source in sources)
+        return cls(sources, tuple(problems), num_compared, is_fused(dtype, widest))
+
     def images(self, problem: Problem) -> int:
         """Images of a problem."""
         return 1 if problem.merged else self.sources[problem.segments[0].source].images
@@ -76,6 +85,15 @@ class Call(NamedTuple):
     def width(self, problem: Problem) -> int:
         """Channels of a problem's packed rows."""
         return packed_width(self.sources[problem.segments[0].source].channels, self.fused)
+
+    def saved_sizes(self) -> tuple[int, int]:
+        """Numbers in rows and in floats, which the backward pass takes from the forward pass."""
+        rows = floats = 0
+        for problem in self.problems:
+            images, count, width = self.images(problem), self.count(problem), self.width(problem)
+            rows += images * padded(count) * width
+            floats += images * saved_floats(count, width, self.num_compared)
+        return rows, floats
 
 
 def padded(count: int) -> int:

@@ -13,7 +13,7 @@ from contrastseg_fast.kernels import pdcr
 from contrastseg_fast.kernels.foreground_ratio import Ratios, foreground_ratios
 from contrastseg_fast.kernels.foreground_ratio.plan import PatchSet
 from contrastseg_fast.kernels.gather import scatter_gradients
-from contrastseg_fast.problems import Call, Problem, Segment, Source, is_fused
+from contrastseg_fast.problems import Call, Problem, Segment, Source
 
 
 def _patch_sets(plan: CallPlan, positions: Sequence[Tensor]) -> list[PatchSet]:
@@ -47,11 +47,6 @@ def _sources(features: Sequence[Tensor], shapes: Sequence[LayerShape], plan: Cal
             yield Source(*shape[:3], strides, extents, counts)  # type: ignore[arg-type]  # of three axes
 
 
-def _call(sources: Sequence[Source], problems: Sequence[Problem], compared: int, dtype: torch.dtype) -> Call:
-    widest = max(source.channels for source in sources)
-    return Call(tuple(sources), tuple(problems), compared, is_fused(dtype, widest))
-
-
 def _where_counted(shapes: Sequence[LayerShape], plan: CallPlan) -> list[Problem]:
     """The problems of ratios and fractions that lie where `foreground_ratios` writes them."""
     places: list[list[Segment]] = []
@@ -70,21 +65,6 @@ def _where_counted(shapes: Sequence[LayerShape], plan: CallPlan) -> list[Problem
         for layers in plan.sets
         for of_size in places
     ]
-
-
-def _where_joined(shapes: Sequence[LayerShape], plan: CallPlan, num_compared: int) -> list[Problem]:
-    """The problems of what is compared and valid, those of each problem joined, one problem after another."""
-    problems, first = [], 0
-    for layers in plan.sets:
-        count, batch = sum(shapes[layer].num_vectors for layer in layers), shapes[layers[0]].batch
-        for _ in plan.patches:
-            segments, row = [], first
-            for layer in layers:
-                segments.append(Segment(layer, row * num_compared, count * num_compared, row, count))
-                row += shapes[layer].num_vectors
-            problems.append(Problem(tuple(segments), plan.merged))
-            first += batch * count
-    return problems
 
 
 def _contents(
@@ -135,16 +115,15 @@ def forward(
     ]
     where = None if not given else given[0] if len(given) == 1 else torch.cat(given)
     sources = tuple(flat)
+    num_compared = plan.num_compared(affinity.categorical)
     if compares_ratios(plan.affinity) and not plan.skip_homogeneous:
-        num_compared = plan.num_classes - (not plan.include_background)
         problems = _where_counted(shapes, plan)
         inputs = pdcr.Inputs(
             sources, found.ratios, (plan.num_classes, 1), found.valid_fraction, where, min_valid_fraction
         )
     else:
         joined = plan.compare(_contents(found, shapes, plan, min_valid_fraction))
-        num_compared = joined[0].compared.shape[-1]
-        problems = _where_joined(shapes, plan, num_compared)
+        problems = plan.joined_problems(shapes, num_compared)
         inputs = pdcr.Inputs(
             sources,
             torch.cat([each.compared.flatten() for each in joined]),
@@ -152,7 +131,7 @@ def forward(
             torch.cat([each.valid.flatten() for each in joined]),
             where,
         )
-    call = _call(tuple(_sources(flat, shapes, plan)), problems, num_compared, flat[0].dtype)
+    call = Call.make(_sources(flat, shapes, plan), problems, num_compared, flat[0].dtype)
     loss, log_z, packed = pdcr.forward(call, inputs, affinity, plan.reduction)
     return loss, [log_z, *packed]
 
@@ -167,10 +146,7 @@ def backward(
 ) -> list[Tensor]:
     """As the operator, from what `forward` saved."""
     log_z, rows, floats = saved
-    num_compared = 1 if affinity.categorical else plan.num_classes - (not plan.include_background)
-    # The backward pass reads neither features nor ratios: only sizes matter here.
-    sources = [Source.dense(shape[:3], (0, 0, 1)) for shape in shapes]
-    call = _call(sources, _where_joined(shapes, plan, num_compared), num_compared, rows.dtype)
+    call = plan.sizes(shapes, affinity.categorical, rows.dtype)
     outs = tuple(rows.new_empty(shape[:3]) for shape in shapes)
     pdcr.backward(call, pdcr.Packed(rows, floats), log_z, affinity, grad, outs)
     maps = [number for number, layer in enumerate(plan.layers) if layer.is_map]

@@ -38,10 +38,6 @@ from contrastseg_fast.problems import (
     Problem,
     Segment,
     Source,
-    is_fused,
-    packed_width,
-    padded,
-    saved_floats,
 )
 
 OPERATION = Operation("pdcr_loss")
@@ -187,7 +183,7 @@ def _call(vectors: Tensor, ratios_stride: int, num_compared: int) -> Call:
     count = vectors.shape[1]
     source = Source.dense(vectors.shape, vectors.stride())
     segment = Segment(0, 0, ratios_stride, 0, count)
-    return Call((source,), (Problem((segment,)),), num_compared, is_fused(vectors.dtype, vectors.shape[2]))
+    return Call.make([source], [Problem((segment,))], num_compared, vectors.dtype)
 
 
 def pdcr_forward_on_cuda(
@@ -237,9 +233,7 @@ def saved_sizes(vectors: Tensor, num_compared: int, backend: str) -> tuple[int, 
     """The sizes of `rows` and `floats`, for ratios of `num_compared` numbers each."""
     if not vectors.is_cuda or not takes_triton([vectors], backend):
         return 0, 0
-    images, count, channels = vectors.shape
-    width = packed_width(channels, is_fused(vectors.dtype, channels))
-    return images * padded(count) * width, images * saved_floats(count, width, num_compared)
+    return _call(vectors, 0, num_compared).saved_sizes()
 
 
 def _forward_fake(

@@ -36,7 +36,6 @@ from contrastseg_fast.ops._library import (
     loop_over_batch,
     register_autograd,
 )
-from contrastseg_fast.problems import is_fused, packed_width, padded, saved_floats
 
 OPERATION = pdcr.OPERATION
 CountPatches = Callable[..., tuple[Tensor, Tensor, Tensor]]  # as the operator foreground_ratio
@@ -263,27 +262,6 @@ def layer_shapes(features: Sequence[Tensor], positions: Sequence[Tensor], plan: 
     return shapes
 
 
-def _saved_of_problems(
-    shapes: Sequence[LayerShape], plan: CallPlan, num_compared: int, dtype: torch.dtype
-) -> tuple[list[tuple[int, int]], int, int]:
-    """Images and vectors of each problem, and the numbers of rows and floats that Triton's kernels save."""
-    sizes, rows, floats = [], 0, 0
-    for layers in plan.sets:
-        images, count = shapes[layers[0]].batch, sum(shapes[layer].num_vectors for layer in layers)
-        images, count = (1, images * count) if plan.merged else (images, count)
-        width = packed_width(
-            shapes[layers[0]].channels, is_fused(dtype, max(shape.channels for shape in shapes))
-        )
-        sizes += [(images, count)] * len(plan.patches)
-        rows += len(plan.patches) * images * padded(count) * width
-        floats += len(plan.patches) * images * saved_floats(count, width, num_compared)
-    return sizes, rows, floats
-
-
-def _num_compared(plan: CallPlan, affinity: Sequence[float]) -> int:
-    return 1 if affinity[2] else plan.num_classes - (not plan.include_background)
-
-
 def _forward_fake(
     features: Sequence[Tensor],
     positions: Sequence[Tensor],
@@ -294,14 +272,15 @@ def _forward_fake(
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     plan, first = CallPlan.from_numbers(numbers), features[0]
-    num_compared = _num_compared(plan, affinity)
     shapes = layer_shapes(features, positions, plan)
-    sizes, rows, floats = _saved_of_problems(shapes, plan, num_compared, first.dtype)
+    call = plan.sizes(shapes, bool(affinity[2]), first.dtype)
+    sizes = [(call.images(problem), call.count(problem)) for problem in call.problems]
     num_losses = sum(images for images, _ in sizes)
     dtype = accumulation_dtype(functools.reduce(torch.promote_types, (x.dtype for x in features)))
     loss = first.new_empty((num_losses,) if plan.reduction == "none" else (), dtype=dtype)
     if first.is_cuda and _takes_triton(features, labels, plan, backend):
         log_z = first.new_empty(sum(images * count for images, count in sizes), dtype=torch.float32)
+        rows, floats = call.saved_sizes()
         return loss, [log_z, first.new_empty(rows), first.new_empty(floats, dtype=torch.float32)]
     taken = [
         x.new_empty(shape[:3])
@@ -313,10 +292,10 @@ def _forward_fake(
         layers = plan.sets[number // len(plan.patches)]
         of_set = functools.reduce(torch.promote_types, (features[layer].dtype for layer in layers))
         vectors = first.new_empty((*size, shapes[layers[0]].channels), dtype=of_set)
-        rows, floats = pdcr.saved_sizes(vectors, num_compared, backend)
+        rows, floats = pdcr.saved_sizes(vectors, call.num_compared, backend)
         saved.append(
             (
-                labels.new_empty((*size, num_compared), dtype=torch.float32),
+                labels.new_empty((*size, call.num_compared), dtype=torch.float32),
                 labels.new_empty(size, dtype=torch.bool),
                 first.new_empty(size, dtype=accumulation_dtype(of_set)),
                 vectors.new_empty(rows),

@@ -209,7 +209,6 @@ def pdcr_fwd_kernel(
     attraction_scale,
     loss_shift,
     WITH_LOSS: tl.constexpr,  # whether the last program of an image computes its loss
-    LOGGED: tl.constexpr,
     REDUCTION: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -275,7 +274,7 @@ def pdcr_fwd_kernel(
             num_bias,
             attraction_scale,
             loss_shift,
-            LOGGED,
+            SYMMETRIC,
             REDUCTION,
             ROWS_AT_ONCE,
             BLOCK,
@@ -322,7 +321,6 @@ def _sum_tiles(
             **losses.constants,
             "WIDTHS": layout.fused_widths(call),
             **terms.modes,
-            "SYMMETRIC": symmetric,
             **plan.tile_options(launch),
         },
     )

@@ -64,7 +64,7 @@ def _sum_part(
     partials_ptr,
     attraction_begin,
     attraction_end,
-    LOGGED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -78,7 +78,7 @@ def _sum_part(
         inside = n < count
         included = inside & ~is_excluded(tl.load(scale_ptr + n, inside, 0.0))
         z = tl.load(z_ptr + n, included, 1.0, cache_modifier=".cg")  # other programs added to it
-        log_z = z * LN_2 if LOGGED else tl.log(z)
+        log_z = tl.log(z) if SYMMETRIC else z * LN_2
         log_z = tl.where(included, log_z, 0.0)
         tl.store(log_z_ptr + n, log_z, inside)
         total += log_z.to(tl.float64)
@@ -257,7 +257,7 @@ def finish_after_tiles(
     num_bias,
     attraction_scale,
     loss_shift,
-    LOGGED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     REDUCTION: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -281,7 +281,7 @@ def finish_after_tiles(
                 partials_ptr,
                 begin,
                 end,
-                LOGGED,
+                SYMMETRIC,
                 ROWS_AT_ONCE,
                 BLOCK,
                 BLOCK_C,
@@ -325,7 +325,7 @@ def pdcr_loss_kernel(
     num_bias,
     attraction_scale,
     shift,
-    LOGGED: tl.constexpr,  # whether z is log2 of the sums
+    SYMMETRIC: tl.constexpr,  # whether z holds the sums, else their log2
     REDUCTION: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -346,7 +346,7 @@ def pdcr_loss_kernel(
         partials_ptr,
         tl.load(spans_ptr + 2 * image),
         tl.load(spans_ptr + 2 * image + 1),
-        LOGGED,
+        SYMMETRIC,
         ROWS_AT_ONCE,
         BLOCK,
         BLOCK_C,
@@ -390,7 +390,7 @@ def new_losses(call: Call, packed: Packed, terms: plan.Terms, symmetric: bool, r
         packed.floats.new_empty(laid_out.sizes.log_z),
         (len(laid_out.images), len(call.problems), *terms.loss.values()),
         {
-            "LOGGED": not symmetric,
+            "SYMMETRIC": symmetric,
             "REDUCTION": reduction,
             "ROWS_AT_ONCE": plan.ROWS.loss_rows,
             "BLOCK": plan.LOSS_BLOCK,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import NamedTuple
 
 import torch
@@ -49,8 +47,9 @@ from contrastseg_fast.kernels.pdcr.layout import (
     Z,
 )
 from contrastseg_fast.kernels.pdcr.tiles import EXCLUDED
-from contrastseg_fast.kernels.sample_plan import planned_position
+from contrastseg_fast.kernels.sample_plan import fits, planned_position
 from contrastseg_fast.problems import Call, Source
+from contrastseg_fast.sample_plan import SamplePlan
 
 # How vectors lie in a source: neighbours in memory are positions, channels, or channels in whole words;
 # and where: one after another, by a plan (in 32 bits, in 64), or where positions say.
@@ -224,8 +223,7 @@ def _place(source: Source) -> int:
         return PLACED.value
     if source.extents == source.counts:
         return DENSE.value
-    largest = 2 * max(map(operator.mul, source.extents, source.counts))
-    return (PLANNED if max(largest, math.prod(source.extents)) < 1 << 31 else PLANNED_FAR).value
+    return (PLANNED if fits(SamplePlan(source.extents, source.counts)) else PLANNED_FAR).value
 
 
 def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor, Tensor]:
