@@ -47,7 +47,7 @@ class Affinity(NamedTuple):
         """Distances d `(B, R, N)` between the ratios or categories of rows `(B, R, M)` and of `(B, N, M)`."""
         if self.categorical:
             return (rows != columns.mT).to(rows.dtype)
-        total = rows.new_zeros(rows.shape[0], rows.shape[1], columns.shape[1])
+        total = rows.new_zeros((rows.shape[0], rows.shape[1], columns.shape[1]))
         for m in range(columns.shape[-1]):  # (B, R, N, M) is never stored
             total += (rows[..., m, None] - columns[:, None, :, m]).abs()
         return total * self.distance_scale

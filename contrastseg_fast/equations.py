@@ -64,8 +64,8 @@ def foreground_ratio(
     starts = starts.expand(batch, *starts.shape[-2:])
     count = starts.shape[1]
     area = math.prod(size)
-    ratios = membership.new_zeros(batch, count, num_classes)
-    valid_fraction = membership.new_zeros(batch, count)
+    ratios = membership.new_zeros((batch, count, num_classes))
+    valid_fraction = membership.new_zeros((batch, count))
     for b, n in itertools.product(range(batch), range(count)):
         corner = starts[b, n].tolist()
         patch_of_classes, patch_counted = membership[b], counted[b]

@@ -256,7 +256,7 @@ class PDCRLoss(PDCROptions):
         for layers in sets:
             if len(layers) > 1:
                 _check_channels({layer: features[layer].shape[1 if are_maps else 2] for layer in layers})
-        nothing = label_map.labels.new_empty(0, dtype=torch.int64)
+        nothing = label_map.labels.new_empty((0,), dtype=torch.int64)
         positions = [nothing if place.plan is not None else place.positions for place in places.values()]
         sum_checked = label_map.soft and functional.is_checked(label_map.labels)
         plan = CallPlan(

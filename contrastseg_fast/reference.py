@@ -68,7 +68,7 @@ def affinity_matrices(
         class_distance=class_distance,
         include_background=include_background,
     )
-    _, w, wbar = pair.matrices(compared.new_zeros(*compared.shape[:2], 1), compared)
+    _, w, wbar = pair.matrices(compared.new_zeros((*compared.shape[:2], 1)), compared)
     return w, wbar
 
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from conftest import normwise_error, random_ratios
 
-from contrastseg_fast import PDCRLoss, ReceptiveField, _backend, _checks, affinity, functional, reference
+from contrastseg_fast import (
+    PDCRLoss,
+    ReceptiveField,
+    _backend,
+    _checks,
+    affinity,
+    call_plan,
+    functional,
+    reference,
+)
 from contrastseg_fast.affinity import Affinity, make_affinity
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +140,8 @@ def test_adding_an_affinity_takes_one_entry(monkeypatch: pytest.MonkeyPatch) -> 
     page = (ROOT / "docs" / "adding-an-affinity.md").read_text()
     word, entry = re.search(r'^\s*"(\w+)": (_Entry\(.*\)),$', page, re.MULTILINE).groups()
     monkeypatch.setitem(affinity._ENTRIES, word, eval(entry, {"_Entry": affinity._Entry}))
-    monkeypatch.setattr(affinity, "AFFINITIES", (*affinity.AFFINITIES, word))
+    for module in (affinity, call_plan):
+        monkeypatch.setattr(module, "AFFINITIES", (*affinity.AFFINITIES, word))
     vectors = torch.randn(2, 130, 9, dtype=torch.float64, requires_grad=True)
     phi = random_ratios(2, 130, 4, torch.float64)
     d = (phi[:, :, None] - phi[:, None]).abs().mean(-1)

@@ -99,7 +99,7 @@ class TestSweep:
         """In one direction alone, under the names that the plan gives its families."""
         plan = pytest.importorskip("contrastseg_fast.kernels.pdcr.plan")
         size, seen = pdcr.Size(257, 64, dtype="bf16"), {}
-        source = Source.dense(1, size.count, size.channels, (0, 0, 1))
+        source = Source.dense((1, size.count, size.channels), (0, 0, 1))
         call = Call((source,), (Problem((Segment(0, 0, 0, 0, size.count),)),), size.classes, True)
 
         def prepare(_size: Any, _inputs: Any) -> Any:

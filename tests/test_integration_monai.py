@@ -21,6 +21,7 @@ from monai.utils import LossReduction
 
 import contrastseg_fast
 from contrastseg_fast import ReceptiveField, reference
+from contrastseg_fast.functional import pdcr_loss
 from contrastseg_fast.integrations.monai import (
     UAFS,
     PDCRLoss,
@@ -205,6 +206,25 @@ def test_the_loss_by_monais_conventions(reduction: LossReduction | str) -> None:
         value = by_channel(meta, MetaTensor(one_hot))
         assert type(value) is Tensor
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_metatensors_in_the_plain_loss(backend: str) -> None:
+    """Maps, labels and mask as MONAI's loaders give them; their methods are stricter than a tensor's."""
+    maps, fields = features_and_fields()
+    maps = [x.requires_grad_() for x in maps]
+    labels, mask = blob_labels(2, (32, 32), 3), torch.ones(2, 1, 32, 32)
+    loss = contrastseg_fast.PDCRLoss(fields, 3, num_samples=49, backend=backend)
+    expected = [loss(maps, labels), *torch.autograd.grad(loss(maps, labels), maps)]
+    meta = [MetaTensor(x.detach()).requires_grad_() for x in maps]
+    value = loss(meta, MetaTensor(labels), MetaTensor(mask))
+    for ours, plain in zip([value, *torch.autograd.grad(value, meta)], expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), plain, rtol=0, atol=0)
+    vectors, phi = torch.randn(2, 9, 4), torch.rand(2, 9, 3).softmax(-1)
+    ours = pdcr_loss(MetaTensor(vectors), MetaTensor(phi), backend=backend)
+    torch.testing.assert_close(
+        torch.as_tensor(ours), pdcr_loss(vectors, phi, backend=backend), rtol=0, atol=0
+    )
 
 
 def test_masks_mappings_and_single_channels() -> None:

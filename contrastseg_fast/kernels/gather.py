@@ -102,7 +102,7 @@ def gather_vectors(features: Tensor, positions: Tensor | None, plan: Sequence[in
     flat = features.flatten(2)  # a view of contiguous and channels-last maps
     images, channels, num_positions = flat.shape
     num_vectors = made.num_vectors if positions is None else positions.shape[0]  # type: ignore[union-attr]
-    vectors = features.new_empty(images, num_vectors, channels)
+    vectors = features.new_empty((images, num_vectors, channels))
     channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
     launch = GATHER[channels_last]
     blocks = triton.cdiv(num_vectors, launch.block_positions) * triton.cdiv(channels, launch.block_channels)
@@ -330,7 +330,10 @@ def scatter_gradients(
     results, layers = [], []
     for grad, given, plan, shape, last in zip(grads, positions, plans, shapes, channels_last, strict=True):
         images, channels, *spatial = shape
-        result = grad.new_empty(images, *spatial, channels).movedim(-1, 1) if last else grad.new_empty(*shape)
+        if last:
+            result = grad.new_empty((images, *spatial, channels)).movedim(-1, 1)
+        else:
+            result = grad.new_empty(shape)
         results.append(result)
         if result.numel() > 0:
             given = None if given is None else given.contiguous()

@@ -53,10 +53,10 @@ def _backward(
     batch, channels, *spatial = shape
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if channels_last:
-        flat = grad.new_zeros(batch, math.prod(spatial), channels, dtype=dtype)
+        flat = grad.new_zeros((batch, math.prod(spatial), channels), dtype=dtype)
         flat = flat.index_add_(1, positions, grad.to(dtype)).to(grad.dtype)
         return flat.view(batch, *spatial, channels).movedim(-1, 1)
-    flat = grad.new_zeros(batch, channels, math.prod(spatial), dtype=dtype)
+    flat = grad.new_zeros((batch, channels, math.prod(spatial)), dtype=dtype)
     index = positions.expand(batch, channels, -1)
     return flat.scatter_add_(2, index, grad.mT.to(dtype)).to(grad.dtype).view(*shape)
 
@@ -88,7 +88,7 @@ def gather_vectors_backward_on_cuda(
 
 def _gather_fake(features: Tensor, positions: Tensor | None, plan: Sequence[int], _backend: str) -> Tensor:
     count = SamplePlan.from_numbers(plan).num_vectors if positions is None else positions.shape[0]
-    return features.new_empty(features.shape[0], count, features.shape[1])
+    return features.new_empty((features.shape[0], count, features.shape[1]))
 
 
 def _backward_fake(
@@ -101,7 +101,7 @@ def _backward_fake(
 ) -> Tensor:
     if channels_last:
         batch, channels, *spatial = shape
-        return grad.new_empty(batch, *spatial, channels).movedim(-1, 1)
+        return grad.new_empty((batch, *spatial, channels)).movedim(-1, 1)
     return grad.new_empty(shape)
 
 

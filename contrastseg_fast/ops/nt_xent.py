@@ -103,8 +103,8 @@ def _forward_fake(
     return (
         vectors.new_empty(vectors.shape[0], dtype=dtype),
         vectors.new_empty(vectors.shape[:2], dtype=dtype),
-        vectors.new_empty(num_rows),
-        vectors.new_empty(num_floats, dtype=torch.float32),
+        vectors.new_empty((num_rows,)),
+        vectors.new_empty((num_floats,), dtype=torch.float32),
     )
 
 

@@ -105,7 +105,7 @@ def _image_grads(grad: Tensor, vectors: Tensor, valid: Tensor | None, reduction:
 
 def _none_saved(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Empty `rows` and `floats`."""
-    return vectors.new_empty(0), vectors.new_empty(0, dtype=torch.float32)
+    return vectors.new_empty((0,)), vectors.new_empty((0,), dtype=torch.float32)
 
 
 def _forward(
@@ -244,8 +244,8 @@ def _forward_fake(
     return (
         vectors.new_empty(vectors.shape[:1] if reduction == "none" else (), dtype=dtype),
         vectors.new_empty(vectors.shape[:2], dtype=dtype),
-        vectors.new_empty(num_rows),
-        vectors.new_empty(num_floats, dtype=torch.float32),
+        vectors.new_empty((num_rows,)),
+        vectors.new_empty((num_floats,), dtype=torch.float32),
     )
 
 

@@ -279,9 +279,9 @@ def _forward_fake(
     dtype = accumulation_dtype(functools.reduce(torch.promote_types, (x.dtype for x in features)))
     loss = first.new_empty((num_losses,) if plan.reduction == "none" else (), dtype=dtype)
     if first.is_cuda and _takes_triton(features, labels, plan, backend):
-        log_z = first.new_empty(sum(images * count for images, count in sizes), dtype=torch.float32)
+        log_z = first.new_empty((sum(images * count for images, count in sizes),), dtype=torch.float32)
         rows, floats = call.saved_sizes()
-        return loss, [log_z, first.new_empty(rows), first.new_empty(floats, dtype=torch.float32)]
+        return loss, [log_z, first.new_empty((rows,)), first.new_empty((floats,), dtype=torch.float32)]
     taken = [
         x.new_empty(shape[:3])
         for x, shape, layer in zip(features, shapes, plan.layers, strict=True)
@@ -298,8 +298,8 @@ def _forward_fake(
                 labels.new_empty((*size, call.num_compared), dtype=torch.float32),
                 labels.new_empty(size, dtype=torch.bool),
                 first.new_empty(size, dtype=accumulation_dtype(of_set)),
-                vectors.new_empty(rows),
-                vectors.new_empty(floats, dtype=torch.float32),
+                vectors.new_empty((rows,)),
+                vectors.new_empty((floats,), dtype=torch.float32),
             )
         )
     return loss, [*taken, *itertools.chain(*zip(*saved, strict=True))]
@@ -323,10 +323,10 @@ def _backward_fake(
         if not layer.is_map:
             results.append(like.new_empty(shape[:3]))
         elif bool(shape.channels_last):
-            empty = like.new_empty(shape.batch, *layer.spatial_shape, shape.channels)
+            empty = like.new_empty((shape.batch, *layer.spatial_shape, shape.channels))
             results.append(empty.movedim(-1, 1))
         else:
-            results.append(like.new_empty(shape.batch, shape.channels, *layer.spatial_shape))
+            results.append(like.new_empty((shape.batch, shape.channels, *layer.spatial_shape)))
     return results
 
 

@@ -87,7 +87,7 @@ def foreground_ratios(
     patches = request.images * sum(boxes.num_patches for boxes in request.boxes)
     results = Ratios(
         *(
-            labels.new_empty(patches * width, dtype=torch.float32)
+            labels.new_empty((patches * width,), dtype=torch.float32)
             for width in (num_classes, 1, num_classes if with_inside else 0)
         )
     )

@@ -218,7 +218,7 @@ def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms
     device = log_z.device
     per_program = plan.columns_per_program("backward", call, launch, packed.rows)
     tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)
-    g = packed.floats.new_empty(tiles.numbers)
+    g = packed.floats.new_empty((tiles.numbers,))
     run_kernel(
         pdcr_bwd_kernel,
         (len(tiles.items),),

@@ -298,7 +298,7 @@ def _sum_tiles(
     laid_out = layout.lay_out(call, plan.ROWS)
     per_program = plan.columns_per_program("forward", call, launch, packed.rows)
     tiles = layout.forward_tiles(call, plan.ROWS, launch, symmetric, per_program)
-    attraction, spans = scratch.new_empty(tiles.numbers), tiles.spans.on(device)
+    attraction, spans = scratch.new_empty((tiles.numbers,)), tiles.spans.on(device)
     run_kernel(
         pdcr_fwd_kernel,
         (len(tiles.items),),
@@ -402,7 +402,7 @@ def _sum_slabs(
     laid_out = layout.lay_out(call, plan.ROWS)
     per_program = plan.columns_per_program("forward", call, launch, packed.rows) if symmetric else 1 << 30
     spans, num_sums = layout.slab_spans(call, plan.ROWS, launch, per_program)
-    attraction = scratch.new_empty(num_sums)
+    attraction = scratch.new_empty((num_sums,))
 
     def first_column(first_row: int) -> int:
         return first_row // launch.block_j * launch.block_j if symmetric else 0

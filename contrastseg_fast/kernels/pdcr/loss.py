@@ -387,7 +387,7 @@ def new_losses(call: Call, packed: Packed, terms: plan.Terms, symmetric: bool, r
     laid_out = layout.lay_out(call, plan.ROWS)
     return Losses(
         packed.floats.new_empty((laid_out.sizes.losses,) if reduction == "none" else ()),
-        packed.floats.new_empty(laid_out.sizes.log_z),
+        packed.floats.new_empty((laid_out.sizes.log_z,)),
         (len(laid_out.images), len(call.problems), *terms.loss.values()),
         {
             "SYMMETRIC": symmetric,

@@ -230,9 +230,9 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
     """The packed rows of a call; also scratch and partials, which `layout.py` describes."""
     laid_out = layout.lay_out(call, plan.ROWS)
     first, sizes = inputs.sources[0], laid_out.sizes
-    packed = Packed(first.new_empty(sizes.rows), first.new_empty(sizes.floats, dtype=torch.float32))
-    scratch = packed.floats.new_empty(sizes.scratch)
-    partials = first.new_empty(sizes.partials, dtype=torch.float64)
+    packed = Packed(first.new_empty((sizes.rows,)), first.new_empty((sizes.floats,), dtype=torch.float32))
+    scratch = packed.floats.new_empty((sizes.scratch,))
+    partials = first.new_empty((sizes.partials,), dtype=torch.float64)
     valid = inputs.valid
     if valid is not None and valid.dtype == torch.bool:
         valid = valid.view(torch.uint8)
