@@ -69,7 +69,9 @@ def pdcr_loss(
     All pairs count, self pairs included. A vector of length zero has s = 0 and gets gradient 0.
 
     Args:
-        vectors: hidden vectors `(B, N, C)`, fp32, bf16, fp16 or fp64.
+        vectors: hidden vectors `(B, N, C)`, fp32, bf16, fp16 or fp64. Their products are summed in fp32 or
+            better; on a GPU, those of fp32 vectors are of TF32 where
+            `torch.backends.cuda.matmul.fp32_precision` allows it.
         ratios: foreground ratios phi `(B, N, M)` of their patches, fp32 or fp64, from 0 to 1; no gradient.
         temperature: tau.
         affinity: `"ratio"` (w above), `"constant"` (w = d = 0.5), `"diagonal"` (w = 1 for self pairs, else 0)

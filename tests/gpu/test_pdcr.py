@@ -323,6 +323,17 @@ def test_autocast_leaves_products_alone(device, triton: str, deterministic) -> N
     assert all(torch.equal(a, e) for a, e in zip(inside, expected, strict=True))
 
 
+@pytest.mark.parametrize(("precision", "least", "most"), [("ieee", 0.0, 1e-5), ("tf32", 2e-5, 1e-2)])
+def test_fp32_products_honour_torchs_precision(
+    cuda, triton: str, monkeypatch: pytest.MonkeyPatch, precision: str, least: float, most: float
+) -> None:
+    vectors, ratios = random_vectors(cuda, 1, 1024, 256), random_ratios(cuda, 1, 1024, 2)
+    grad = torch.ones(1, device=cuda)
+    exact = loss_and_gradient(vectors.double(), ratios, "reference", grad)[1]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    assert least <= normwise_error(loss_and_gradient(vectors, ratios, triton, grad)[1], exact) < most
+
+
 @pytest.mark.parametrize("options", [{}, {"affinity": "bipartite"}, {"class_distance": "tv"}], ids=str)
 def test_repelled_fraction(device, triton: str, options) -> None:
     vectors, ratios = random_vectors(device, 2, 200, 16), random_ratios(device, 2, 200, 3)
