@@ -9,28 +9,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from contrastseg_fast.kernels import _device_table
-from contrastseg_fast.kernels._device_table import device_table
+from contrastseg_fast.kernels._device_table import Table, table_of
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device_table, "_kept", type(_device_table._kept)())
-
-
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, FakeTensorMode])
 def test_a_table_made_in_any_mode_serves_outside_it(mode) -> None:
+    numbers = Table([[3], [-(2**40)]])
     with mode():
-        table = device_table((3, -(2**40)), CPU)
+        table = numbers.on(CPU)
     assert not table.is_inference()
     assert not isinstance(table, FakeTensor)
     assert table.dtype == torch.int64
     assert table.tolist() == [3, -(2**40)]
-    assert device_table((3, -(2**40)), CPU) is table
+    assert numbers.on(CPU) is table
 
 
-def test_the_table_of_other_numbers_or_another_device_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_device_has_one_copy_made_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
 
     def make(numbers, device):
@@ -40,31 +36,33 @@ def test_the_table_of_other_numbers_or_another_device_is_another(monkeypatch: py
     monkeypatch.setattr(_device_table, "_make", make)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     places = [CPU, torch.device("cuda", 0), torch.device("cuda", 1)]
-    tables = [device_table(numbers, place) for place in places for numbers in ((1, 2), (1, 3))]
-    assert len({id(table) for table in tables}) == len(threads) == 6
+    tables = [Table([[1, 2]]), Table([[1, 3]])]
+    copies = {id(table.on(place)) for _ in range(2) for place in places for table in tables}
+    assert len(copies) == len(threads) == 6
     assert threading.get_ident() not in threads
 
 
-def test_the_table_that_was_not_used_the_longest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device_table, "_MOST_KEPT", 3)
-    tables = [device_table((number,), CPU) for number in range(3)]
-    assert device_table((0,), CPU) is tables[0]
-    device_table((3,), CPU)
-    assert [numbers for numbers, _ in _device_table._kept] == [(2,), (0,), (3,)]
+def test_equal_numbers_are_one_table() -> None:
+    assert table_of((1, 2)) is table_of((1, 2))
+    assert table_of((1, 2)) is not table_of((1, 3))
 
 
 def test_no_table_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(_device_table, "_make", lambda numbers, _device: torch.tensor(numbers))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    device = torch.device("cuda", 0)
-    table = device_table((1, 2), device)
+    device, numbers = torch.device("cuda", 0), Table([[1, 2]])
+    table = numbers.on(device)
     capturing = True
-    assert device_table((1, 2), device) is table
+    assert numbers.on(device) is table
     with pytest.raises(RuntimeError, match="before it is captured"):
-        device_table((1, 2, 3), device)
+        Table([[1, 2, 3]]).on(device)
 
 
-def test_what_fails_in_the_thread_is_raised() -> None:
-    with pytest.raises((RuntimeError, ValueError), match=r"(?i)overflow"):
-        device_table((2**70,), CPU)
+def test_what_fails_in_the_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(numbers, device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_device_table, "_make", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Table([[1]]).on(CPU)

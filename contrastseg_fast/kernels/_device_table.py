@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -11,37 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MOST_KEPT = 4096
-_kept: OrderedDict[tuple[tuple[int, ...], torch.device], Tensor] = OrderedDict()
-_lock = threading.Lock()
-
-
-def device_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """An int64 tensor of these numbers on a device, which is made once and kept. It must not be written.
-
-    Of more than 4096 tables, the one that was not asked for the longest is dropped, but never one that a
-    graph was captured with, which keeps reading it.
-
-    Args:
-        device: with an index, if it is a GPU.
-
-    Raises:
-        RuntimeError: the table does not exist yet, and the current stream is being captured.
-    """
-    key = numbers, device
-    with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-        else:
-            _kept[key] = _copied(numbers, device)
-            if len(_kept) > _MOST_KEPT:
-                _kept.popitem(last=False)
-        _keep_if_captured(_kept[key])
-        return _kept[key]
-
 
 class Table:
-    """A table that is too long to be looked up by its numbers. It keeps its own copies while it lives."""
+    """Rows of integers, and their copies on devices, which live as long as it does."""
 
     def __init__(self, rows: Sequence[Sequence[int]]) -> None:
         self.numbers = np.array(rows, dtype=np.int64)
@@ -51,23 +23,34 @@ class Table:
         return len(self.numbers)
 
     def on(self, device: torch.device) -> Tensor:
-        """Its numbers on a device, as by `device_table`."""
+        """The numbers as one int64 tensor on a device, which is made once. It must not be written.
+
+        A graph that is captured with it keeps it, since it reads the numbers as long as it is replayed.
+
+        Args:
+            device: with an index, if it is a GPU.
+
+        Raises:
+            RuntimeError: the copy does not exist yet, and the current stream is being captured.
+        """
         copy = self._copies.get(device)
         if copy is None:
             copy = self._copies.setdefault(device, _copied(self.numbers.reshape(-1), device))
-        _keep_if_captured(copy)
+        if copy.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured[id(copy)] = copy
         return copy
 
 
-_captured: dict[int, Tensor] = {}  # what a graph was captured with: it reads them as long as it is replayed
+_captured: dict[int, Tensor] = {}  # what graphs were captured with
 
 
-def _keep_if_captured(table: Tensor) -> None:
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
+@functools.lru_cache(maxsize=4096)
+def table_of(numbers: tuple[int, ...]) -> Table:
+    """The table of one row with these numbers, where no longer-lived object holds it."""
+    return Table([numbers])
 
 
-def _copied(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+def _copied(numbers: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a table of integers would have to be copied to the device while a graph is captured: "
@@ -76,7 +59,7 @@ def _copied(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor
     return _made_in_a_thread(numbers, device)
 
 
-def _made_in_a_thread(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+def _made_in_a_thread(numbers: np.ndarray, device: torch.device) -> Tensor:
     """Made in a fresh thread, which has no inference mode, no fake mode and no memory pool of a graph."""
     future: Future[Tensor] = Future()
 
@@ -92,7 +75,7 @@ def _made_in_a_thread(numbers: Sequence[int] | np.ndarray, device: torch.device)
     return future.result()
 
 
-def _make(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+def _make(numbers: np.ndarray, device: torch.device) -> Tensor:
     table = torch.tensor(numbers, dtype=torch.int64, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams read it

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastseg_fast.kernels._device_table import device_table
+from contrastseg_fast.kernels._device_table import table_of
 from contrastseg_fast.kernels.foreground_ratio import plan
 from contrastseg_fast.kernels.foreground_ratio.words import class_words, comparison_type
 from contrastseg_fast.kernels.sample_plan import planned_position
@@ -435,7 +435,7 @@ def write_ratios(
         source_ptr=source,
         table_ptr=table,
         starts_ptrs=given,
-        records_ptr=device_table(launch.records, source.device),
+        records_ptr=table_of(launch.records).on(source.device),
         ratios_ptr=results.ratios,
         valid_fraction_ptr=results.valid_fraction,
         inside_ratios_ptr=results.inside if results.inside.numel() > 0 else None,
