@@ -1,6 +1,6 @@
 """What the package launches on a GPU, compiled for cards that this machine does not need, and counted.
 
-`make test` compiles the launch tables for all cards, and for sm_90 the calls of the benchmarks. Of kernels
+`make test` compiles the launch tables for all cards, and for sm_90 the calls that are counted. Of kernels
 that differ only in fp16 and bf16, it compiles those in bf16. `make aot` compiles everything for all cards.
 """
 
@@ -56,7 +56,7 @@ LAUNCHES = {
 }
 
 
-SOME_SOURCES = {80: ("tables",), 90: ("tables", "benchmarks", "counts"), 100: ("tables",)}
+SOME_SOURCES = {80: ("tables",), 90: ("tables", "counts"), 100: ("tables",)}
 
 
 @functools.cache
