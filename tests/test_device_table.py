@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from contrastseg_fast.kernels import _device_table
-from contrastseg_fast.kernels._device_table import Table, table_of
+from contrastseg_fast.kernels._device_table import Table
 
 CPU = torch.device("cpu")
 
@@ -40,11 +40,6 @@ def test_every_device_has_one_copy_made_in_a_thread_of_its_own(monkeypatch: pyte
     copies = {id(table.on(place)) for _ in range(2) for place in places for table in tables}
     assert len(copies) == len(threads) == 6
     assert threading.get_ident() not in threads
-
-
-def test_equal_numbers_are_one_table() -> None:
-    assert table_of((1, 2)) is table_of((1, 2))
-    assert table_of((1, 2)) is not table_of((1, 3))
 
 
 def test_no_table_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -42,12 +41,6 @@ class Table:
 
 
 _captured: dict[int, Tensor] = {}  # what graphs were captured with
-
-
-@functools.lru_cache(maxsize=4096)
-def table_of(numbers: tuple[int, ...]) -> Table:
-    """The table of one row with these numbers, where no longer-lived object holds it."""
-    return Table([numbers])
 
 
 def _copied(numbers: np.ndarray, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ asked for before the uncertainty is computed. The formulas are those of csrc/ent
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastseg_fast.kernels._common import narrow, on, processors
+from contrastseg_fast.kernels._launch import launch as run_kernel
 
 
 class Launch(NamedTuple):
@@ -191,21 +193,14 @@ def forward(
     """Fill `gated` and `uncertainty`."""
     launch = choose_launch(features, channels_last)
     grid, sizes = _grid(features, logits, launch.block_l)
+    strides = functools.partial(_strides, channels_last=channels_last)
     with on(features):
-        entropy_gate_fwd_kernel[grid](
-            features_ptr=features,
-            logits_ptr=logits,
-            gated_ptr=gated,
-            uncertainty_ptr=uncertainty,
-            **sizes,
-            features_stride_b=features.stride(0),
-            features_stride_r=_run_stride(features, channels_last),
-            logits_stride_b=logits.stride(0),
-            logits_stride_m=logits.stride(1),
-            logits_stride_l=logits.stride(2),
-            gated_stride_b=gated.stride(0),
-            gated_stride_r=_run_stride(gated, channels_last),
-            **_options(channels_last, launch, logits.shape[1], features, gated),
+        run_kernel(
+            entropy_gate_fwd_kernel,
+            grid,
+            (features, logits, gated, uncertainty),
+            (*sizes, *strides(features), *logits.stride(), *strides(gated)),
+            _options(channels_last, launch, logits.shape[1], features, gated),
         )
 
 
@@ -316,33 +311,28 @@ def backward(
     """Fill `grad_features`, unless there is no `grad_gated`, and `grad_logits`."""
     launch = choose_launch(features, channels_last)
     grid, sizes = _grid(features, logits, launch.block_l)
+    strides = functools.partial(_strides, channels_last=channels_last)
     given_gated = features if grad_gated is None else grad_gated  # what is absent is not read
     given_uncertainty = features if grad_uncertainty is None else grad_uncertainty
     with on(features):
-        entropy_gate_bwd_kernel[grid](
-            grad_gated_ptr=given_gated,
-            grad_uncertainty_ptr=given_uncertainty,
-            features_ptr=features,
-            logits_ptr=logits,
-            grad_features_ptr=grad_features,
-            grad_logits_ptr=grad_logits,
-            **sizes,
-            grad_gated_stride_b=given_gated.stride(0),
-            grad_gated_stride_r=_run_stride(given_gated, channels_last),
-            grad_uncertainty_stride_b=given_uncertainty.stride(0),
-            features_stride_b=features.stride(0),
-            features_stride_r=_run_stride(features, channels_last),
-            logits_stride_b=logits.stride(0),
-            logits_stride_m=logits.stride(1),
-            logits_stride_l=logits.stride(2),
-            grad_features_stride_b=grad_features.stride(0),
-            grad_features_stride_r=_run_stride(grad_features, channels_last),
-            grad_logits_stride_b=grad_logits.stride(0),
-            grad_logits_stride_m=grad_logits.stride(1),
-            grad_logits_stride_l=grad_logits.stride(2),
-            HAS_GRAD_GATED=grad_gated is not None,
-            HAS_GRAD_UNCERTAINTY=grad_uncertainty is not None,
-            **_options(channels_last, launch, logits.shape[1], given_gated, features, grad_features),
+        run_kernel(
+            entropy_gate_bwd_kernel,
+            grid,
+            (given_gated, given_uncertainty, features, logits, grad_features, grad_logits),
+            (
+                *sizes,
+                *strides(given_gated),
+                given_uncertainty.stride(0),
+                *strides(features),
+                *logits.stride(),
+                *strides(grad_features),
+                *grad_logits.stride(),
+            ),
+            {
+                "HAS_GRAD_GATED": grad_gated is not None,
+                "HAS_GRAD_UNCERTAINTY": grad_uncertainty is not None,
+                **_options(channels_last, launch, logits.shape[1], given_gated, features, grad_features),
+            },
         )
 
 
@@ -358,6 +348,11 @@ def choose_launch(features: Tensor, channels_last: bool) -> Launch:
     ):
         block_l //= 2
     return Launch(min(elements // block_l, all_channels), block_l, num_warps=4)
+
+
+def _strides(x: Tensor, channels_last: bool) -> tuple[int, int]:
+    """From one image to the next, and as `_run_stride`."""
+    return x.stride(0), _run_stride(x, channels_last)
 
 
 def _run_stride(x: Tensor, channels_last: bool) -> int:
@@ -378,16 +373,11 @@ def _vector(channels_last: bool, *tensors: Tensor) -> int:
     return vector if whole else 1
 
 
-def _grid(features: Tensor, logits: Tensor, block_l: int) -> tuple[tuple[int], dict[str, int]]:
-    """The launch grid, and the sizes by the names of the kernels' arguments."""
+def _grid(features: Tensor, logits: Tensor, block_l: int) -> tuple[tuple[int], tuple[int, ...]]:
+    """The launch grid, and the sizes in the order of the kernels' arguments."""
     images, channels, num_locations = features.shape
     blocks = triton.cdiv(num_locations, block_l)
-    return (images * blocks,), {
-        "channels": channels,
-        "num_classes": logits.shape[1],
-        "num_locations": num_locations,
-        "blocks": blocks,
-    }
+    return (images * blocks,), (channels, logits.shape[1], num_locations, blocks)
 
 
 def _options(channels_last: bool, launch: Launch, classes: int, *features: Tensor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ library's samplers never repeat a position, so this rarely happens.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastseg_fast.kernels._common import narrow, on
+from contrastseg_fast.kernels._device_table import Table
+from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels.sample_plan import fits, planned_position, planned_vector
 from contrastseg_fast.sample_plan import SamplePlan
 
@@ -39,6 +42,25 @@ GATHER = {False: Launch(32, 32), True: Launch(16, 64)}
 SCATTER = {False: Launch(128, 32, 4), True: Launch(32, 64, 4)}
 LOCATE = 256  # vectors
 MOST_LAYERS = 8  # in one launch, whose code grows with them
+
+
+class _Record(NamedTuple):
+    """The numbers of a map whose gradient is written."""
+
+    images: int
+    num_vectors: int
+    channels: int
+    num_positions: int
+    extent_z: int  # of the map along the axes of the plan, and the numbers of vectors along them
+    extent_y: int
+    extent_x: int
+    count_z: int
+    count_y: int
+    count_x: int
+
+
+_RECORD = tl.constexpr(len(_Record._fields))
+_IMAGES, _NUM_VECTORS, _CHANNELS, _NUM_POSITIONS, _PLAN_AT = (tl.constexpr(k) for k in range(5))
 
 # Sizes may still be specialised for being multiples of 16: rows are then aligned, and written in wide words.
 _STRIDES = tuple(f"features_stride_{axis}" for axis in "bcs")
@@ -108,23 +130,19 @@ def gather_vectors(features: Tensor, positions: Tensor | None, plan: Sequence[in
     blocks = triton.cdiv(num_vectors, launch.block_positions) * triton.cdiv(channels, launch.block_channels)
     if images * blocks > 0:
         with on(features):
-            gather_kernel[(images * blocks,)](
-                features_ptr=flat,
-                positions_ptr=None if positions is None else positions.contiguous(),
-                vectors_ptr=vectors,
-                num_vectors=num_vectors,
-                num_positions=num_positions,
-                channels=channels,
-                features_stride_b=flat.stride(0),
-                features_stride_c=flat.stride(1),
-                features_stride_s=flat.stride(2),
-                **dict(zip(_PLAN, _numbers(made), strict=True)),
-                WIDE=made is not None and not fits(made),
-                CHANNELS_LAST=channels_last,
-                BLOCK_N=launch.block_positions,
-                BLOCK_C=launch.block_channels,
-                num_warps=4,
-                enable_fp_fusion=True,
+            run_kernel(
+                gather_kernel,
+                (images * blocks,),
+                (flat, None if positions is None else positions.contiguous(), vectors),
+                (num_vectors, num_positions, channels, *flat.stride(), *_numbers(made)),
+                {
+                    "WIDE": made is not None and not fits(made),
+                    "CHANNELS_LAST": channels_last,
+                    "BLOCK_N": launch.block_positions,
+                    "BLOCK_C": launch.block_channels,
+                    "num_warps": 4,
+                    "enable_fp_fusion": True,
+                },
             )
     return vectors
 
@@ -150,14 +168,12 @@ def _locate(positions: Tensor, num_positions: int) -> Tensor:
     found = torch.full((2, num_positions), -1, dtype=torch.int32, device=positions.device)
     num_vectors = positions.shape[0]
     if num_vectors > 0:
-        locate_kernel[(triton.cdiv(num_vectors, LOCATE),)](
-            positions_ptr=positions,
-            found_ptr=found,
-            num_vectors=num_vectors,
-            num_positions=num_positions,
-            BLOCK_N=LOCATE,
-            num_warps=4,
-            enable_fp_fusion=True,
+        run_kernel(
+            locate_kernel,
+            (triton.cdiv(num_vectors, LOCATE),),
+            (positions, found),
+            (num_vectors, num_positions),
+            {"BLOCK_N": LOCATE, "num_warps": 4, "enable_fp_fusion": True},
         )
     return found
 
@@ -182,9 +198,9 @@ def _scatter(
     positions_ptr,  # (N), or None: planned
     found_ptr,  # (2, S), or None: planned
     grad_features_ptr,  # (B, C, S), or (B, S, C) if CHANNELS_LAST
+    record_ptr,
     num_positions,
     channels,
-    odd,
     WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -194,15 +210,23 @@ def _scatter(
     """Writes some tiles of the dense gradient, all of the same positions."""
     DTYPE: tl.constexpr = grad_features_ptr.dtype.element_ty
     ACCUMULATION: tl.constexpr = tl.float64 if DTYPE.primitive_bitwidth == 64 else tl.float32
-    images, num_vectors = odd[0] >> 1, odd[1] >> 1
+    INTEGER: tl.constexpr = tl.int64 if WIDE else tl.int32
+    images = tl.load(record_ptr + _IMAGES).to(tl.int32)
+    num_vectors = tl.load(record_ptr + _NUM_VECTORS).to(tl.int32)
     blocks_s = tl.cdiv(num_positions, BLOCK_S)
     blocks_c = tl.cdiv(channels, BLOCK_C)
-    s = (program % blocks_s).to(tl.int64 if WIDE else tl.int32) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    s = (program % blocks_s).to(INTEGER) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
     inside = s < num_positions
     if found_ptr is None:
-        extent_z, extent_y, extent_x = odd[2] >> 1, odd[3] >> 1, odd[4] >> 1
-        count_z, count_y, count_x = odd[5] >> 1, odd[6] >> 1, odd[7] >> 1
-        first = planned_vector(s, extent_z, extent_y, extent_x, count_z, count_y, count_x)
+        first = planned_vector(
+            s,
+            tl.load(record_ptr + _PLAN_AT).to(INTEGER),
+            tl.load(record_ptr + _PLAN_AT + 1).to(INTEGER),
+            tl.load(record_ptr + _PLAN_AT + 2).to(INTEGER),
+            tl.load(record_ptr + _PLAN_AT + 3).to(INTEGER),
+            tl.load(record_ptr + _PLAN_AT + 4).to(INTEGER),
+            tl.load(record_ptr + _PLAN_AT + 5).to(INTEGER),
+        )
         present = inside & (first >= 0)
     else:
         last = tl.load(found_ptr + s, inside, -1)
@@ -239,9 +263,8 @@ def gather_bwd_kernel(
     positions_ptrs,
     found_ptrs,
     grad_features_ptrs,
-    num_positions,
-    channels,
-    odd,
+    records_ptr,  # one `_Record` for every layer
+    WORDS: tl.constexpr,  # for every layer: whether rows of the gradient begin at multiples of 16 elements
     WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -251,8 +274,13 @@ def gather_bwd_kernel(
     """Writes the dense gradients of several maps, those of one after those of another."""
     program = tl.program_id(0)
     for layer in tl.static_range(len(WIDE)):
-        tiles = (odd[layer][0] >> 1) * tl.cdiv(channels[layer], BLOCK_C[layer])
-        programs = tl.cdiv(num_positions[layer], BLOCK_S[layer]) * tl.cdiv(tiles, STEPS[layer])
+        record_ptr = records_ptr + layer * _RECORD
+        num_positions = tl.load(record_ptr + _NUM_POSITIONS).to(tl.int64 if WIDE[layer] else tl.int32)
+        channels = tl.load(record_ptr + _CHANNELS).to(tl.int32)
+        if WORDS[layer]:
+            num_positions, channels = tl.multiple_of(num_positions, 16), tl.multiple_of(channels, 16)
+        tiles = tl.load(record_ptr + _IMAGES).to(tl.int32) * tl.cdiv(channels, BLOCK_C[layer])
+        programs = (tl.cdiv(num_positions, BLOCK_S[layer]) * tl.cdiv(tiles, STEPS[layer])).to(tl.int32)
         if (program >= 0) & (program < programs):
             _scatter(
                 program,
@@ -260,9 +288,9 @@ def gather_bwd_kernel(
                 positions_ptrs[layer],
                 found_ptrs[layer],
                 grad_features_ptrs[layer],
-                num_positions[layer],
-                channels[layer],
-                odd[layer],
+                record_ptr,
+                num_positions,
+                channels,
                 WIDE[layer],
                 CHANNELS_LAST[layer],
                 BLOCK_S[layer],
@@ -300,12 +328,18 @@ class _Layer(NamedTuple):
         return self.num_positions >= 2**30 or (self.plan is not None and not fits(self.plan))
 
     @property
-    def odd(self) -> tuple[int, ...]:
-        """The numbers of images and vectors, and the plan, as odd numbers 2 x + 1.
+    def in_words(self) -> bool:
+        return self.num_positions % 16 == 0 and self.grad.shape[2] % 16 == 0
 
-        Triton compiles anew for integers of a tuple that are 1 or multiples of 16.
-        """
-        return tuple(2 * x + 1 for x in (*self.grad.shape[:2], *_numbers(self.plan)))
+    @property
+    def record(self) -> _Record:
+        images, num_vectors, channels = self.grad.shape
+        return _Record(images, num_vectors, channels, self.num_positions, *_numbers(self.plan))
+
+
+@functools.lru_cache(maxsize=1024)
+def _records(records: tuple[_Record, ...]) -> Table:
+    return Table(records)
 
 
 def scatter_gradients(
@@ -349,21 +383,27 @@ def _launch(layers: list[_Layer]) -> None:
             None if layer.positions is None else _locate(layer.positions, layer.num_positions)
             for layer in layers
         ]
-        gather_bwd_kernel[(sum(layer.programs for layer in layers),)](
-            grad_ptrs=tuple(layer.grad for layer in layers),
-            positions_ptrs=tuple(layer.positions for layer in layers),
-            found_ptrs=tuple(found),
-            grad_features_ptrs=tuple(layer.grad_features for layer in layers),
-            num_positions=tuple(layer.num_positions for layer in layers),
-            channels=tuple(layer.grad.shape[2] for layer in layers),
-            odd=tuple(layer.odd for layer in layers),
-            WIDE=tuple(layer.is_wide for layer in layers),
-            CHANNELS_LAST=tuple(layer.channels_last for layer in layers),
-            BLOCK_S=tuple(layer.launch.block_positions for layer in layers),
-            BLOCK_C=tuple(layer.launch.block_channels for layer in layers),
-            STEPS=tuple(layer.launch.steps for layer in layers),
-            num_warps=4,
-            enable_fp_fusion=True,
+        run_kernel(
+            gather_bwd_kernel,
+            (sum(layer.programs for layer in layers),),
+            (
+                tuple(layer.grad for layer in layers),
+                tuple(layer.positions for layer in layers),
+                tuple(found),
+                tuple(layer.grad_features for layer in layers),
+                _records(tuple(layer.record for layer in layers)).on(layers[0].grad.device),
+            ),
+            (),
+            {
+                "WORDS": tuple(layer.in_words for layer in layers),
+                "WIDE": tuple(layer.is_wide for layer in layers),
+                "CHANNELS_LAST": tuple(layer.channels_last for layer in layers),
+                "BLOCK_S": tuple(layer.launch.block_positions for layer in layers),
+                "BLOCK_C": tuple(layer.launch.block_channels for layer in layers),
+                "STEPS": tuple(layer.launch.steps for layer in layers),
+                "num_warps": 4,
+                "enable_fp_fusion": True,
+            },
         )
 
 

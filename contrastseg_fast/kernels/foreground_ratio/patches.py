@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastseg_fast.kernels._device_table import table_of
+from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels.foreground_ratio import plan
 from contrastseg_fast.kernels.foreground_ratio.words import class_words, comparison_type
 from contrastseg_fast.kernels.sample_plan import planned_position
@@ -431,35 +431,44 @@ def write_ratios(
     given = tuple(patches.starts for patches in launched if patches.starts is not None)
     planned = [patches for patches in launched if patches.starts is None]
     below_2_24 = all(math.prod(patches.size) < 1 << 24 for patches in launched)
-    patch_ratio_kernel[(launch.programs,)](
-        source_ptr=source,
-        table_ptr=table,
-        starts_ptrs=given,
-        records_ptr=table_of(launch.records).on(source.device),
-        ratios_ptr=results.ratios,
-        valid_fraction_ptr=results.valid_fraction,
-        inside_ratios_ptr=results.inside if results.inside.numel() > 0 else None,
-        images=request.images,
-        unit=unit,
-        num_classes=request.num_classes,
-        ignore_index=ignore_index or 0,
-        **plan.named("extent", "zyx", plan.three(request.extents, 1)),
-        **plan.named("source_stride", "bwzyx", plan.strides(source, dims)),
-        **plan.named("table_stride", "bw", (0, 0) if table is None else table.stride()[:2]),
-        DIMS=dims,
-        **plan.named("SEGMENT", "ZYX", plan.three((*segments, *(0,) * (dims - len(segments))), 0)),
-        SOFT=request.soft,
-        BELOW_2_24=below_2_24 and not request.soft,
-        BORDER=border,
-        HAS_IGNORE=ignore_index is not None,
-        LABEL=comparison_type(source.dtype),
-        TILES=tuple(map(tuple, launch.tiles)),
-        NUM_TILES=len(launch.tiles),
-        NUM_GIVEN=len(given),
-        HAS_PLANNED=len(planned) > 0,
-        INDEX=tl.int64 if any(patches.is_wide for patches in planned) else tl.int32,
-        SETS=len(launch.records) // plan.RECORD,
-        FIELDS=plan.next_power_of_2(max(each.fields.classes_per_word for each in counted) + 1),
-        num_warps=plan.PATCH_WARPS,
-        enable_fp_fusion=True,
+    segment = plan.three((*segments, *(0,) * (dims - len(segments))), 0)
+    run_kernel(
+        patch_ratio_kernel,
+        (launch.programs,),
+        (
+            source,
+            table,
+            given,
+            launch.records.on(source.device),
+            results.ratios,
+            results.valid_fraction,
+            results.inside if results.inside.numel() > 0 else None,
+        ),
+        (
+            request.images,
+            unit,
+            request.num_classes,
+            ignore_index or 0,
+            *plan.three(request.extents, 1),
+            *plan.strides(source, dims),
+            *((0, 0) if table is None else table.stride()[:2]),
+        ),
+        {
+            "DIMS": dims,
+            **dict(zip(("SEGMENT_Z", "SEGMENT_Y", "SEGMENT_X"), segment, strict=True)),
+            "SOFT": request.soft,
+            "BELOW_2_24": below_2_24 and not request.soft,
+            "BORDER": border,
+            "HAS_IGNORE": ignore_index is not None,
+            "LABEL": comparison_type(source.dtype),
+            "TILES": tuple(map(tuple, launch.tiles)),
+            "NUM_TILES": len(launch.tiles),
+            "NUM_GIVEN": len(given),
+            "HAS_PLANNED": len(planned) > 0,
+            "INDEX": tl.int64 if any(patches.is_wide for patches in planned) else tl.int32,
+            "SETS": len(launch.records),
+            "FIELDS": plan.next_power_of_2(max(each.fields.classes_per_word for each in counted) + 1),
+            "num_warps": plan.PATCH_WARPS,
+            "enable_fp_fusion": True,
+        },
     )

@@ -1,4 +1,4 @@
-"""How foreground ratios are counted: fields of words, tables of sums, tiles. Imports torch only."""
+"""How foreground ratios are counted: fields of words, tables of sums, tiles. Triton is not imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from contrastseg_fast.kernels._device_table import Table
 
 _MOST_FIELDS = 16  # of a word
 _TABLE_BYTES = 1 << 28  # of a table held at a time; more words come in several rounds
@@ -401,12 +403,12 @@ class PatchLaunch(NamedTuple):
     """A launch of the patch kernel.
 
     Attributes:
-        records: the integers of all records, as many records as a power of two.
+        records: of the sets, a power of two of them.
         tiles: what programs take at once; records say which.
         programs: how many there are.
     """
 
-    records: tuple[int, ...]
+    records: Table
     tiles: tuple[Tile, ...]
     programs: int
 
@@ -415,11 +417,25 @@ def patch_launch(
     request: Request, patch_sets: Sequence[PatchSet], counted: Sequence[Counted], segments: Sequence[int]
 ) -> PatchLaunch:
     """What the patch kernel is told about the sets of a launch; those whose programs take long come first."""
+    launched = [patch_sets[each.number] for each in counted]
+    strides = tuple(_starts_strides(patches.starts) for patches in launched)
+    shapes = tuple(patches._replace(starts=None) for patches in launched)
+    return _patch_launch(request, shapes, strides, tuple(counted), tuple(segments))
+
+
+@functools.lru_cache(maxsize=1024)
+def _patch_launch(
+    request: Request,
+    patch_sets: tuple[PatchSet, ...],  # without starts
+    starts_strides: tuple[tuple[int, ...] | None, ...],  # None where starts are planned
+    counted: tuple[Counted, ...],
+    segments: tuple[int, ...],
+) -> PatchLaunch:
     first_patches = [0, *itertools.accumulate(boxes.num_patches for boxes in request.boxes)]
     given = itertools.count()
     ready: list[tuple[Tile, Record, int]] = []
-    for each in counted:
-        patches, count = patch_sets[each.number], request.boxes[each.number].num_patches
+    for each, patches, strides in zip(counted, patch_sets, starts_strides, strict=True):
+        count = request.boxes[each.number].num_patches
         numbers = terms(request.extents, patches.size, segments if each.from_table else ())
         tile = Tile(each.from_table, each.fields.dtype == torch.int64, *patch_tile(numbers))
         record = Record(
@@ -432,10 +448,10 @@ def patch_launch(
             classes_per_word=each.fields.classes_per_word,
             field_bits=each.fields.bits,
             area=math.prod(patches.size),
-            given=-1 if patches.starts is None else next(given),
+            given=-1 if strides is None else next(given),
             size=three(patches.size, 1),
             terms=numbers,
-            starts_strides=_starts_strides(patches.starts),
+            starts_strides=strides or (0, 0, 0),
             shape=three(patches.spatial_shape, 1),
             extents=three(patches.extents, 1),
             counts=three(patches.counts, 1),
@@ -446,29 +462,23 @@ def patch_launch(
         ready.append((tile, record, cdiv(count, tile.block_patches) * request.images * each.num_words))
     ready.sort(key=lambda entry: _steps(entry[1].terms), reverse=True)
     tiles = sorted({tile for tile, _, _ in ready})
-    integers: list[int] = []
+    rows: list[list[int]] = []
     programs = 0
     for tile, record, more in ready:
-        record = record._replace(first_program=programs, tile=tiles.index(tile))
-        integers += record.integers()
+        rows.append(record._replace(first_program=programs, tile=tiles.index(tile)).integers())
         programs += more
     missing = next_power_of_2(len(ready)) - len(ready)
-    integers += missing * [_NO_PROGRAM, *(RECORD - 1) * [0]]
-    return PatchLaunch(tuple(integers), tuple(tiles), programs)
+    rows += missing * [[_NO_PROGRAM, *(RECORD - 1) * [0]]]
+    return PatchLaunch(Table(rows), tuple(tiles), programs)
 
 
-def _starts_strides(starts: Tensor | None) -> Sequence[int]:
-    return (0, 0, 0) if starts is None else (*(0,) * (3 - starts.ndim), *starts.stride())
+def _starts_strides(starts: Tensor | None) -> tuple[int, ...] | None:
+    return None if starts is None else (*(0,) * (3 - starts.ndim), *starts.stride())
 
 
 def three(values: Sequence[int], filler: int) -> list[int]:
     """Values of planes, rows and columns: `filler` stands for axes that the image does not have."""
     return [filler] * (3 - len(values)) + list(values)
-
-
-def named(name: str, axes: str, values: Sequence[int]) -> dict[str, int]:
-    """Arguments of a kernel by name, one per axis: `source_stride_b` and so on."""
-    return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
 
 
 def strides(x: Tensor, dims: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastseg_fast.kernels._launch import launch
 from contrastseg_fast.kernels.foreground_ratio import plan
 
 _ROUND = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52: behind it, a double has no bits for a fraction
@@ -124,20 +125,25 @@ def fixed_point(
     pixels = math.prod(extents)
     grid = plan.cdiv(pixels, plan.FIXED_POINT_ELEMENTS) * labels.shape[0]
     if grid > 0:
-        fixed_point_kernel[(grid,)](
-            labels_ptr=labels,
-            words_ptr=words,
-            num_pixels=pixels,
-            scale=scale,
-            **plan.named("extent", "yx", plan.three(extents, 1)[1:]),
-            **plan.named("labels_stride", "bmzyx", plan.strides(labels, len(extents))),
-            num_classes=num_classes,
-            ignore_index=ignore_index or 0,
-            LABEL=comparison_type(labels.dtype),
-            HAS_IGNORE=has_ignore,
-            BLOCK=plan.FIXED_POINT_ELEMENTS,
-            num_warps=plan.FIXED_POINT_WARPS,
-            enable_fp_fusion=True,
+        launch(
+            fixed_point_kernel,
+            (grid,),
+            (labels, words),
+            (
+                pixels,
+                scale,
+                *plan.three(extents, 1)[1:],
+                *plan.strides(labels, len(extents)),
+                num_classes,
+                ignore_index or 0,
+            ),
+            {
+                "LABEL": comparison_type(labels.dtype),
+                "HAS_IGNORE": has_ignore,
+                "BLOCK": plan.FIXED_POINT_ELEMENTS,
+                "num_warps": plan.FIXED_POINT_WARPS,
+                "enable_fp_fusion": True,
+            },
         )
     return words
 
@@ -261,36 +267,34 @@ def sum_segments(
         lines = labels.stride(-2) if dims - leading == 2 else 0
         strides = [labels.stride(0), *plan.three(outer, 0)[1:], lines, labels.stride(-1)]
         has_lines = dims - leading == 2 and lines != width * labels.stride(-1)
-    segment_sum_kernel[(programs,)](
-        labels_ptr=labels,
-        words_ptr=words,
-        table_ptr=table,
-        num_words=table.shape[1],
-        first_word=first_word,
-        planes=planes,
-        rows=rows,
-        columns=columns,
-        width=width,
-        **plan.named("labels_stride", "bprlc", strides),
-        classes_per_word=fields.classes_per_word,
-        num_classes=num_classes,
-        field_bits=fields.bits,
-        ignore_index=ignore_index or 0,
-        LABEL=comparison_type((labels if labels is not None else table).dtype),
-        WORD=word_type(table.dtype),
-        HAS_IGNORE=ignore_index is not None,
-        HAS_LINES=has_lines,
-        **{
-            f"SUM_{name}": summed_here
-            for name, summed_here in zip(
-                ("PLANES", "ROWS", "COLUMNS"),
-                plan.three([True] * summed + [False] * (summed < dims), False),
-                strict=True,
-            )
+    is_summed = plan.three([True] * summed + [False] * (summed < dims), False)
+    launch(
+        segment_sum_kernel,
+        (programs,),
+        (labels, words, table),
+        (
+            table.shape[1],
+            first_word,
+            planes,
+            rows,
+            columns,
+            width,
+            *strides,
+            fields.classes_per_word,
+            num_classes,
+            fields.bits,
+            ignore_index or 0,
+        ),
+        {
+            "LABEL": comparison_type((labels if labels is not None else table).dtype),
+            "WORD": word_type(table.dtype),
+            "HAS_IGNORE": ignore_index is not None,
+            "HAS_LINES": has_lines,
+            **dict(zip(("SUM_PLANES", "SUM_ROWS", "SUM_COLUMNS"), is_summed, strict=True)),
+            "BLOCK_PLANES": blocks[0],
+            "BLOCK_ROWS": blocks[1],
+            "BLOCK_COLUMNS": blocks[2],
+            "num_warps": plan.SUM_WARPS,
+            "enable_fp_fusion": True,
         },
-        BLOCK_PLANES=blocks[0],
-        BLOCK_ROWS=blocks[1],
-        BLOCK_COLUMNS=blocks[2],
-        num_warps=plan.SUM_WARPS,
-        enable_fp_fusion=True,
     )
