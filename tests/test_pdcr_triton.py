@@ -210,11 +210,11 @@ def test_deterministic_bits():
 @pytest.mark.parametrize("count", [1 << 14, 1 << 17])
 def test_pair_weights_fit_fp16(count):
     terms = plan.terms_of(PAPER, torch.float16, count, 2)
-    scale, undo = terms.pair_weight["weight_scale"], terms.gradient["g_scale"]
+    scale, undo = 2.0 ** terms.pair_weight["log_weight_scale"], terms.gradient["g_scale"]
     factor = math.log2(math.e) / PAPER.temperature
     # one pair has all of both rows' sums, at distance 1
-    largest = count * factor * 2 + 2 * factor + abs(terms.pair_weight["offset"])
-    assert largest * scale < torch.finfo(torch.float16).max
+    largest = (count * factor * 2 + 2 * factor) * scale + abs(terms.pair_weight["offset"])
+    assert largest < torch.finfo(torch.float16).max
     assert scale * undo * factor == pytest.approx(1)
     assert plan.terms_of(PAPER, torch.bfloat16, count, 2).gradient["g_scale"] == 1
 

@@ -44,13 +44,15 @@ class PairSums(NamedTuple):
 
 
 @triton.jit
-def _z_term(log_z_ptr, stats_ptr, row, count, scale, BOUNDED: tl.constexpr):
-    """n / Z of some rows if BOUNDED, else log2(Z / n); what makes their share vanish if they are excluded."""
-    num_valid = tl.load(stats_ptr)
+def _z_term(log_z_ptr, stats_ptr, row, count, scale, log_weight_scale, BOUNDED: tl.constexpr):
+    """n / Z of some rows if BOUNDED, else log2(Z / n); what makes their share vanish if they are excluded.
+
+    Either times the weight scale. It takes few instructions: every thread computes it for all its columns.
+    """
     log_z = tl.load(log_z_ptr + row, row < count, 0.0)
-    if BOUNDED:
-        return tl.where(is_excluded(scale), 0.0, num_valid * tl.exp(-log_z))
-    return tl.where(is_excluded(scale), float("inf"), log_z * LOG2_E - tl.log2(num_valid))
+    log_term = log_z * LOG2_E - (tl.log2(tl.load(stats_ptr)) + log_weight_scale)
+    log_term = tl.where(is_excluded(scale), float("inf"), log_term)
+    return tl.exp2(-log_term) if BOUNDED else log_term
 
 
 @triton.jit
@@ -69,21 +71,25 @@ def _pair_weight(
     PLAIN: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """The bracket of g times log2(e) / tau; z_term is n / Z if BOUNDED, else log2(Z / n)."""
-    similarity = product * scale_i[:, None] * scale_j[None, :]
+    """The bracket of g times log2(e) / tau, the weight scale and scale_j.
+
+    z_term is n / Z if BOUNDED, else log2(Z / n); it, pull and offset contain the weight scale.
+    """
     if PLAIN:
-        t = similarity * distance
+        distance = distance * scale_j[None, :]  # once, for the exponent and for the weight
+        t = product * scale_i[:, None] * distance
     else:
-        t, _ = exponents(similarity, distance, bias, slope, shift)
+        t, _ = exponents(product * scale_i[:, None] * scale_j[None, :], distance, bias, slope, shift)
     if BOUNDED:
         share = tl.exp2(t) * (z_term_i[:, None] + z_term_j[None, :])
     else:
         share = tl.exp2(t - z_term_i[:, None]) + tl.exp2(t - z_term_j[None, :])
     if PLAIN:
-        return distance * (share + pull) + offset
+        return distance * (share + pull) + (offset * scale_j)[None, :]
     weight = (bias + slope * distance) * share + (pull * distance + offset)
     # Exponentials of excluded rows may overflow here, and inf * 0 is NaN.
-    return tl.where(is_excluded(scale_i)[:, None] | is_excluded(scale_j)[None, :], 0.0, weight)
+    weight = tl.where(is_excluded(scale_i)[:, None] | is_excluded(scale_j)[None, :], 0.0, weight)
+    return weight * scale_j[None, :]
 
 
 @triton.jit
@@ -106,7 +112,7 @@ def _multiply_row_tile(
     unequal,
     pull,
     offset,
-    weight_scale,
+    log_weight_scale,
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
     MORE_CLASSES: tl.constexpr,
@@ -120,12 +126,12 @@ def _multiply_row_tile(
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     rows_i = load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
-    z_term_i = _z_term(log_z_ptr, stats_ptr, i, count, scale_i, BOUNDED)  # [BLOCK_I]
+    z_term_i = _z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED)  # [BLOCK_I]
     g = tl.zeros([BLOCK_I, WIDTH], tl.float32)
     for column_tile in range(start, stop):
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
-        z_term_j = _z_term(log_z_ptr, stats_ptr, j, count, scale_j, BOUNDED)  # [BLOCK_J]
+        z_term_j = _z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED)  # [BLOCK_J]
         rows_j = load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
         distance = distances(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
@@ -144,7 +150,6 @@ def _multiply_row_tile(
             PLAIN,
             BOUNDED,
         )
-        weight = weight * (scale_j * weight_scale)[None, :]
         g = dot_add(narrow(weight, rows_ptr.dtype.element_ty), rows_j, g)
     g_ptrs = g_ptr + tl.arange(0, BLOCK_I)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(g_ptrs, g * scale_i[:, None])
@@ -165,7 +170,7 @@ def pdcr_bwd_kernel(
     unequal,
     pull,
     offset,
-    weight_scale,  # of the pair weights, before they are rounded
+    log_weight_scale,  # to base 2, of what scales the pair weights before they are rounded
     WIDTHS: tl.constexpr,  # of the problems, in ascending order
     CLASSES: tl.constexpr,
     MORE_CLASSES: tl.constexpr,
@@ -201,7 +206,7 @@ def pdcr_bwd_kernel(
                 unequal,
                 pull,
                 offset,
-                weight_scale,
+                log_weight_scale,
                 WIDTHS[number],
                 CLASSES,
                 MORE_CLASSES,
@@ -263,7 +268,7 @@ def pdcr_pairs_kernel(
     unequal,
     pull,
     offset,
-    weight_scale,
+    log_weight_scale,
     CLASSES: tl.constexpr,
     MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
@@ -297,8 +302,8 @@ def pdcr_pairs_kernel(
         distance,
         scale_i,
         scale_j,
-        _z_term(log_z_ptr, stats_ptr, i, count, scale_i, BOUNDED),
-        _z_term(log_z_ptr, stats_ptr, j, count, scale_j, BOUNDED),
+        _z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED),
+        _z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED),
         bias,
         slope,
         shift,
@@ -307,7 +312,7 @@ def pdcr_pairs_kernel(
         PLAIN,
         BOUNDED,
     )
-    weight = weight * scale_i[:, None] * (scale_j * weight_scale)[None, :]
+    weight = weight * scale_i[:, None]
     tl.store(weights_ptr + offsets, narrow(weight, weights_ptr.dtype.element_ty), inside)
 
 

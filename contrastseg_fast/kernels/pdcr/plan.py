@@ -28,7 +28,7 @@ class RowLaunch(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """The launches of one width: for few tiles, which 64 x 64 spread over more programs, and for many."""
+    """The launches of one width: for few tiles, which 64 rows spread over more programs, and for many."""
 
     few: Launch
     many: Launch
@@ -84,7 +84,10 @@ BACKWARD = {
     },
     100: {
         True: {256: Launches(_SMALL, Launch(128, 64, 8, 2))},
-        False: {128: Launches(_SMALL, Launch(128, 64, 8, 2)), 256: Launches(_SMALL, Launch(128, 32, 8, 2))},
+        False: {
+            128: Launches(_SMALL, Launch(128, 64, 8, 2)),
+            256: Launches(Launch(64, 32, 4, 2), Launch(128, 32, 8, 2)),
+        },
     },
 }
 _FEW_TILES = {"forward": 1.5, "backward": 3.0}  # of 128 x 128, for every processor
@@ -114,7 +117,7 @@ class Terms(NamedTuple):
     phi_scale: float  # of the packed ratios
     modes: dict[str, Any]  # constexprs of all kernels over tiles
     exponent: dict[str, float]  # t and d, in all kernels over tiles
-    pair_weight: dict[str, float]  # the bracket of g
+    pair_weight: dict[str, float]  # the bracket of g, times the weight scale
     loss: dict[str, float]
     gradient: dict[str, float]
 
@@ -133,6 +136,7 @@ def terms_of(affinity: Affinity, dtype: torch.dtype, num_vectors: int, num_class
         separate_bias = num_bias / 4  # by trial
     exponent = {"bias": den_bias * factor, "slope": den_slope * factor, "shift": shift, "unequal": unit}
     bits = _surplus_bits(dtype, exponent, factor, num_vectors)
+    weight_scale = 2.0**-bits / factor
     return Terms(
         plain=plain,
         bounded=largest <= _LARGEST_EXPONENT,
@@ -145,9 +149,9 @@ def terms_of(affinity: Affinity, dtype: torch.dtype, num_vectors: int, num_class
         },
         exponent=exponent,
         pair_weight={
-            "pull": -2 * num_slope * (1.0 if plain else factor),
-            "offset": -2 * (num_bias - separate_bias) * factor,
-            "weight_scale": 2.0**-bits / factor,
+            "pull": -2 * num_slope * (1.0 if plain else factor) * weight_scale,
+            "offset": -2 * (num_bias - separate_bias) * factor * weight_scale,
+            "log_weight_scale": math.log2(weight_scale),
         },
         loss={
             "inverse_temperature": 1 / temperature,
