@@ -27,6 +27,8 @@ ISSUE = 4
 EXPONENTIALS = 16
 FILLED = {1: 0.55, 2: 0.92}  # share of issue slots, by warps of one block on each of the four schedulers
 START = 2000  # cycles from a program's start to its first product, and from its last to its end
+GROUPING = {"forward": 2, "backward": 0.5}  # small kernels' times that grouping rows adds; guessed
+LEFT = (1.0, 0.58, 0.15)  # shares of tiles: random ratios, the fullest slice of a chest, slices of a brain
 SPLIT_ROWS = 2  # own rows are written and read again by a kernel that sums split columns
 
 
@@ -106,9 +108,20 @@ def cycles(tile: Tile, width: int, classes: int, products: int, blocks: int) -> 
 
 
 def kernel_time(
-    tile: Tile, splits: int, batch: int, count: int, width: int, classes: int, products: int
+    tile: Tile,
+    splits: int,
+    batch: int,
+    count: int,
+    width: int,
+    classes: int,
+    products: int,
+    left: float | None = None,
 ) -> float:
-    """Microseconds of the kernel over pairs. One product: forward, every pair once; two: whole rows."""
+    """Microseconds of the kernel over pairs. One product: forward, every pair once; two: whole rows.
+
+    `left` is the share of tiles that grouped rows do not skip, None if rows are not grouped. Backward, these
+    are split evenly over one wave of programs, most of which begin two row tiles.
+    """
     row_tiles, column_tiles = ceil(count / tile.rows), ceil(count / tile.columns)
     if products == 1:
         tiles = batch * row_tiles * (column_tiles + tile.rows // tile.columns) / 2
@@ -116,6 +129,11 @@ def kernel_time(
     else:
         tiles, programs = batch * row_tiles * column_tiles, batch * row_tiles * splits
     slots = PROCESSORS * tile.blocks
+    tiles *= 1 if left is None else left
+    if left is not None and products == 2:
+        length = ceil(tiles / slots)
+        busy = length * tile.blocks * cycles(tile, width, classes, 2, tile.blocks) + 2 * START
+        return LAUNCH + busy / CLOCK
     together = min(tile.blocks, ceil(programs / PROCESSORS))
     length = ceil(tiles / programs)  # tiles of one program
     full, rest = divmod(ceil(programs), slots)
@@ -128,7 +146,13 @@ def kernel_time(
 
 
 def best_launch(
-    batch: int, count: int, width: int, classes: int, direction: str, design: Design = NOW
+    batch: int,
+    count: int,
+    width: int,
+    classes: int,
+    direction: str,
+    design: Design = NOW,
+    left: float | None = None,
 ) -> Launch:
     """The launch that should be fastest for B images of N vectors; `direction` is forward or backward."""
     by_width = design.tiles[direction]
@@ -136,21 +160,32 @@ def best_launch(
     products = {"forward": 1, "backward": 2}[direction]
     launches = []
     for tile in tiles:
-        for splits in design.splits if products == 2 else (1,):
+        for splits in design.splits if products == 2 and left is None else (1,):
             if splits > ceil(count / tile.columns):
                 continue
-            time = kernel_time(tile, splits, batch, count, width, classes, products)
+            time = kernel_time(tile, splits, batch, count, width, classes, products, left)
+            if left is not None and products == 2:  # a program's part of a second row tile
+                time += SPLIT_ROWS * PROCESSORS * tile.blocks * tile.rows * width * 4 / DRAM
             if splits > 1:  # written to the L2 cache or memory, and read by the last kernel
                 time += (splits - 1) * SPLIT_ROWS * batch * count * width * 4 / DRAM
             launches.append(Launch(tile, splits, time))
     return min(launches, key=lambda launch: launch.microseconds)
 
 
-def predict(batch: int, count: int, width: int, classes: int, direction: str, design: Design = NOW) -> float:
+def predict(
+    batch: int,
+    count: int,
+    width: int,
+    classes: int,
+    direction: str,
+    design: Design = NOW,
+    left: float | None = None,
+) -> float:
     """Microseconds of one pass: the kernel over pairs and the small ones around it."""
-    launch = best_launch(batch, count, width, classes, direction, design)
+    launch = best_launch(batch, count, width, classes, direction, design, left)
     rows = design.row_time[direction] * count / 1024 * max(1.0, batch * width / 256 / 4)
-    return launch.microseconds + design.small_kernels[direction] * SMALL + rows
+    small = design.small_kernels[direction] + (GROUPING[direction] if left is not None else 0)
+    return launch.microseconds + small * SMALL + rows
 
 
 # Batch, N, C: microseconds forward and backward of the best measured launches (two classes, bf16).
@@ -196,6 +231,16 @@ def main() -> None:
                     f"| {batch}, {count}, {width} | {one} | {forward:.0f} | {two}, {splits} | {backward:.0f} "
                     f"| {forward + backward:.0f} | {peer} |"
                 )
+
+    print("\n| B, N, C, M, grouped | " + " | ".join(f"{left} left" for left in LEFT) + " | not grouped |")
+    print("|---|" + "---|" * (len(LEFT) + 1))
+    for width, classes in ((64, 2), (256, 2), (256, 5)):
+        for count in (8192, 10240, 16384):
+            times = [
+                sum(predict(1, count, width, classes, way, NOW, left) for way in ("forward", "backward"))
+                for left in (*LEFT, None)
+            ]
+            print(f"| 1, {count}, {width}, {classes} | " + " | ".join(f"{time:.0f}" for time in times) + " |")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks import pdcr
 from benchmarks.operation import OURS
-from contrastseg_fast import PDCRLoss, ReceptiveField, functional
+from contrastseg_fast import PDCRLoss, ReceptiveField, functional, problems
 
 PROFILED = pdcr.Size(16384, dtype="bf16")
 
@@ -35,6 +36,7 @@ def _calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "pdcr_loss, two classes": lambda: _loss(device, dtype, 257, 100, 2),
         "pdcr_loss, wide": lambda: _loss(device, dtype, 130, 300, 5),
         "pdcr_loss, released": lambda: _loss(device, dtype, 130, 64, 3, variant="released"),
+        "pdcr_loss, grouped rows": lambda: _grouped_loss(device, dtype),
         "entropy_gate": lambda: _gate(device, dtype, torch.contiguous_format),
         "entropy_gate, channels_last": lambda: _gate(device, dtype, torch.channels_last),
         "foreground_ratio": lambda: _ratios(device),
@@ -50,6 +52,17 @@ def _loss(device: str, dtype: torch.dtype, count: int, channels: int, classes: i
     ratios = torch.rand(2, count, classes, device=device).softmax(-1)
     ratios[:, : count // 2] = ratios[:, :1]
     functional.pdcr_loss(vectors, ratios, **options).backward()
+
+
+def _grouped_loss(device: str, dtype: torch.dtype) -> None:
+    """As of images with many vectors: most ratios are those of one class, in two of three images."""
+    vectors = torch.randn(3, 421, 100, device=device, dtype=dtype, requires_grad=True)
+    classes = torch.rand(3, 421, device=device).gt(0.8).long()
+    ratios = torch.nn.functional.one_hot(classes, 2).float()
+    ratios[:, ::9] = torch.rand(3, 47, 2, device=device).softmax(-1)
+    ratios[2] = torch.rand(421, 2, device=device).softmax(-1)
+    with mock.patch.object(problems, "FEWEST_GROUPED", 1):
+        functional.pdcr_loss(vectors, ratios).backward()
 
 
 def _gate(device: str, dtype: torch.dtype, layout: torch.memory_format) -> None:

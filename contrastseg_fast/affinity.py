@@ -43,6 +43,11 @@ class Affinity(NamedTuple):
         affinity = cls(*numbers)  # type: ignore[arg-type]
         return affinity._replace(categorical=bool(affinity.categorical))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether exponents are s d / tau, with s the cosine: a pair at distance 0 has exponential 1."""
+        return (self.den_bias, self.den_slope, self.shift) == (0, 1, 0)
+
     def distance(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Distances d `(B, R, N)` between the ratios or categories of rows `(B, R, M)` and of `(B, N, M)`."""
         if self.categorical:

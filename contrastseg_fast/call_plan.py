@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastseg_fast.affinity import AFFINITIES, CLASS_DISTANCES, select_compared
+from contrastseg_fast.affinity import AFFINITIES, CLASS_DISTANCES, Affinity, select_compared
 from contrastseg_fast.problems import Call, Problem, Segment, Source
 from contrastseg_fast.receptive_field.field import AxisGrid
 from contrastseg_fast.sample_plan import SamplePlan, first_pixels
@@ -134,11 +134,11 @@ class CallPlan(NamedTuple):
                 first += batch * count
         return problems
 
-    def sizes(self, shapes: Sequence[LayerShape], categorical: bool, dtype: torch.dtype) -> Call:
+    def sizes(self, shapes: Sequence[LayerShape], affinity: Affinity, dtype: torch.dtype) -> Call:
         """The call without where its inputs lie: enough for the backward pass, which reads none of them."""
-        num_compared = self.num_compared(categorical)
+        num_compared = self.num_compared(affinity.categorical)
         sources = [Source.dense(shape[:3], (0, 0, 1)) for shape in shapes]
-        return Call.make(sources, self.joined_problems(shapes, num_compared), num_compared, dtype)
+        return Call.make(sources, self.joined_problems(shapes, num_compared), num_compared, dtype, affinity)
 
     def starts(self, layer: int, patches: Patches, positions: Tensor) -> Tensor:
         """The first pixels `(N, D)` of a layer's patches; positions are those given, if it has no plan."""

@@ -13,8 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from contrastseg_fast.affinity import Affinity
+
 PADDING = 128  # rows of an image are padded to a multiple of it, and so of every tile
 NARROWEST_FUSED, WIDEST_FUSED = 32, 256  # channels; of fewer, no thread would copy 16 bytes of a tile
+NUM_GROUPS = 16  # of vectors; the last two are of those without equal ratios, and of those that make no pairs
+# Vectors of an image: fewer take longer with groups, if all ratios differ, by more than 1 % of a call
+# (benchmarks/model.py); of more, pairs of tiles are no longer exact as fp32 numbers.
+FEWEST_GROUPED, MOST_GROUPED = 10 << 10, 1 << 19
 _ALIGNMENT = 64  # numbers: every array in a shared tensor begins at a multiple of it
 
 
@@ -62,15 +68,24 @@ class Call(NamedTuple):
     problems: tuple[Problem, ...]
     num_compared: int  # M, or 1 category
     fused: bool  # whether the fused kernels multiply, see `packed_width`
+    grouped: bool = False  # whether pairs of vectors with equal ratios are skipped
 
     @classmethod
     def make(
-        cls, sources: Iterable[Source], problems: Iterable[Problem], num_compared: int, dtype: torch.dtype
+        cls,
+        sources: Iterable[Source],
+        problems: Iterable[Problem],
+        num_compared: int,
+        dtype: torch.dtype,
+        affinity: Affinity,
     ) -> Call:
         """The call of sources of this dtype."""
         sources = tuple(sources)
         widest = max(source.channels for source in sources)
-        return cls(sources, tuple(problems), num_compared, is_fused(dtype, widest))
+        call = cls(sources, tuple(problems), num_compared, is_fused(dtype, widest))
+        if not (call.fused and affinity.is_plain):
+            return call
+        return call._replace(grouped=FEWEST_GROUPED <= max(map(call.count, call.problems)) <= MOST_GROUPED)
 
     def images(self, problem: Problem) -> int:
         """Images of a problem."""
@@ -92,7 +107,7 @@ class Call(NamedTuple):
         for problem in self.problems:
             images, count, width = self.images(problem), self.count(problem), self.width(problem)
             rows += images * padded(count) * width
-            floats += images * saved_floats(count, width, self.num_compared)
+            floats += images * saved_floats(count, width, self.num_compared, self.grouped)
         return rows, floats
 
 
@@ -118,10 +133,12 @@ def aligned(numbers: int) -> int:
     return _ALIGNMENT * -(-numbers // _ALIGNMENT)
 
 
-def saved_floats(count: int, width: int, num_compared: int) -> int:
+def saved_floats(count: int, width: int, num_compared: int, grouped: bool) -> int:
     """What the backward pass needs of an image besides its rows and log Z, in fp32.
 
     These are scales, inverse lengths and ratios of its rows, the sum of its unit vectors, its number of valid
-    vectors and its weight.
+    vectors and its weight. Of grouped rows, these are also the row of every vector, log Z of every row, where
+    the groups lie, and the sums of their unit vectors.
     """
-    return padded(count) * (2 + num_compared) + aligned(width) + _ALIGNMENT
+    floats = padded(count) * (2 + num_compared) + aligned(width) + _ALIGNMENT
+    return floats + (2 * padded(count) + _ALIGNMENT + NUM_GROUPS * width if grouped else 0)

@@ -367,12 +367,13 @@ def _run_benchmarks(recorder: Recorder) -> None:
 
 
 def _run_tables(recorder: Recorder) -> None:
-    """All entries, for few tiles and for many, at every width that they serve and at several at once."""
+    """All entries, for few tiles, for many and for groups, at every width that they serve and at several."""
     from contrastseg_fast.functional import pdcr_loss
+    from contrastseg_fast.problems import FEWEST_GROUPED
 
     modes = [(torch.bfloat16, classes, 0.5) for classes in (2, 4, 5, 8, 12)]
     modes += [(torch.bfloat16, 2, 0.001), (torch.float16, 2, 0.5)]
-    for batch, count in ((1, 256), (8, 1024)):
+    for batch, count in ((1, 256), (8, 1024), (1, FEWEST_GROUPED)):
         for dtype, classes, temperature in modes:
             size = f"{batch} x {count} vectors, {classes} classes, temperature {temperature}, {dtype}"
             for width in (32, 64, 128, 256):

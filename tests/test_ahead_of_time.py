@@ -19,12 +19,12 @@ triton = pytest.importorskip("triton")
 EVERYTHING = os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
 KERNELS = (
     *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
-    *("pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"),
+    *("pdcr_groups_kernel", "pdcr_bwd_groups_kernel", "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"),
     *("gather_kernel", "locate_kernel", "gather_bwd_kernel"),
     *("patch_ratio_kernel", "segment_sum_kernel", "fixed_point_kernel"),
     *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
 )
-FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel")
+FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel", "pdcr_bwd_groups_kernel")
 READ = (*FUSED, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
@@ -33,6 +33,8 @@ STACKS = {
     "patch_ratio_kernel": 40,
     "segment_sum_kernel": 80,  # of soft and strided labels, 64 words a thread
     "pdcr_fwd_kernel": 24,  # of five to eight classes
+    "pdcr_bwd_groups_kernel": 32,  # of 128 channels: between row tiles, not between column tiles
+    "pdcr_loss_kernel": 16,  # of 32 and 64 channels, with grouped rows
     "pdcr_fwd_slab_kernel": 16,  # of five classes, fp32
     "entropy_gate_bwd_kernel": 16,  # of five to eight classes, bf16
 }
@@ -48,7 +50,7 @@ COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 # `pdcr_loss` and its gradient, and at most 25 for a whole call of `PDCRLoss` and its gradients.
 LAUNCHES = {
     "pdcr_loss, N=1024, C=256, bf16": (4, 1),
-    "pdcr_loss, N=16384, C=256, bf16": (5, 1),
+    "pdcr_loss, N=16384, C=256, bf16": (6, 1),
     "pdcr_loss, N=1024, C=256, fp32": (5, 2),
     "PDCRLoss, three layers, B=8, N=1024": (7, 1),
     "entropy_gate, fp32": (2, 0),

@@ -42,6 +42,19 @@ def test_tiles_fit_the_shared_memory_as_often_as_they_claim(direction):
             assert tile.blocks * rows * width * 2 <= SHARED_MEMORY
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("width", [64, 256])
+def test_grouping_rows_costs_little_and_saves_what_it_skips(width, classes):
+    """At N = 16384: at most 2 % if no tile is skipped, and most of the time of those that are."""
+
+    def time(left: float | None) -> float:
+        return sum(predict(1, 16384, width, classes, way, left=left) for way in DIRECTIONS)
+
+    assert time(1.0) < 1.02 * time(None)
+    for left in (0.15, 0.58):
+        assert left < time(left) / time(1.0) < left + 0.15
+
+
 def test_columns_are_split_where_row_tiles_are_few_and_only_there():
     assert best_launch(1, 1024, 256, 2, "backward").splits > 1
     assert best_launch(1, 16384, 256, 2, "backward").splits == 1

@@ -9,7 +9,7 @@ import torch
 from conftest import blob_labels, normwise_error
 from torch import Tensor
 
-from contrastseg_fast import PDCRLoss, ReceptiveField, _backend
+from contrastseg_fast import PDCRLoss, ReceptiveField, _backend, problems
 from contrastseg_fast.ops import pdcr_call
 
 pytest.importorskip("triton")
@@ -121,6 +121,34 @@ def test_maps_of_bf16(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     torch.use_deterministic_algorithms(False)
     pdcr = PDCRLoss(FIELDS, 3, **{"num_samples": 70, "class_distance": "mean", **options})
     maps, labels = feature_maps(torch.bfloat16), some_labels()
+    inputs = recorded_call(pdcr, lambda: pdcr(maps, labels), monkeypatch)
+    assert_right(inputs, BF16_ERROR)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"patch_sizes": (1,)},
+        {"pairs": "batch", "cross_layers": [("deep", "middle")], "patch_sizes": (1,), "reduction": "sum"},
+        {"include_background": False, "class_distance": "tv", "sampler": "random", "patch_sizes": (1,)},
+        {"affinity": "bipartite", "cross_layers": [("middle", "deep")], "reduction": "none"},
+    ],
+    ids=str,
+)
+def test_grouped_rows_of_several_layers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of images with many vectors; some layers have groups of whole tiles, some have none."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(problems, "FEWEST_GROUPED", 1)
+    monkeypatch.setattr(plan, "ROWS", plan.RowLaunch(1 << 13, 64, 4))
+    monkeypatch.setattr(plan, "processors", lambda _tensor: 9)
+    pdcr = PDCRLoss(FIELDS, 3, **{"num_samples": 400, "class_distance": "mean", **options})
+    maps = {
+        layer: torch.nn.functional.interpolate(x.float(), scale_factor=2).bfloat16()
+        + 0.1 * torch.randn(*x.shape[:2], *(2 * extent for extent in x.shape[2:])).bfloat16()
+        for layer, x in feature_maps(torch.bfloat16).items()
+    }
+    labels = some_labels().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    labels[0, 20:] = 0
     inputs = recorded_call(pdcr, lambda: pdcr(maps, labels), monkeypatch)
     assert_right(inputs, BF16_ERROR)
 

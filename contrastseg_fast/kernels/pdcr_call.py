@@ -131,7 +131,7 @@ def forward(
             torch.cat([each.valid.flatten() for each in joined]),
             where,
         )
-    call = Call.make(_sources(flat, shapes, plan), problems, num_compared, flat[0].dtype)
+    call = Call.make(_sources(flat, shapes, plan), problems, num_compared, flat[0].dtype, affinity)
     loss, log_z, packed = pdcr.forward(call, inputs, affinity, plan.reduction)
     return loss, [log_z, *packed]
 
@@ -146,7 +146,7 @@ def backward(
 ) -> list[Tensor]:
     """As the operator, from what `forward` saved."""
     log_z, rows, floats = saved
-    call = plan.sizes(shapes, affinity.categorical, rows.dtype)
+    call = plan.sizes(shapes, affinity, rows.dtype)
     outs = tuple(rows.new_empty(shape[:3]) for shape in shapes)
     pdcr.backward(call, pdcr.Packed(rows, floats), log_z, affinity, grad, outs)
     maps = [number for number, layer in enumerate(plan.layers) if layer.is_map]

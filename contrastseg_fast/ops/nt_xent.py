@@ -95,11 +95,10 @@ def _backward(
         return (repelled - attracted * scale * inverse_length).to(vectors.dtype)
 
 
-def _forward_fake(
-    vectors: Tensor, _temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(vectors: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
-    num_rows, num_floats = saved_sizes(vectors, 1, backend)
+    affinity = [*_NEGATIVES._replace(temperature=temperature)]
+    num_rows, num_floats = saved_sizes(vectors, 1, affinity, backend)
     return (
         vectors.new_empty(vectors.shape[0], dtype=dtype),
         vectors.new_empty(vectors.shape[:2], dtype=dtype),

@@ -9,7 +9,9 @@ With the distance d, the weights w and wbar and the similarity s of `contrastseg
 `reduction` is `"none"` (loss_b of every image, 0 without valid vectors), `"mean"` (over the images that have
 valid vectors) or `"sum"` (of loss_b n_b^2). Results are the loss, `(B,)` or a scalar, and log Z `(B, N)`,
 fp32, or fp64 for fp64 vectors. `rows` (in the dtype of the vectors) and `floats` (fp32) are what the backward
-pass reuses of the forward pass; only kernels on a GPU fill them, all others return them empty.
+pass reuses of the forward pass; only kernels on a GPU fill them, all others return them empty. The backward
+pass takes any log Z, but with plain exponents (`Affinity.is_plain`) that of the forward pass, as `floats` may
+hold it in the order of rows.
 
 The kernels below are plain PyTorch, in chunks of rows. The C++ extension (csrc/cpu) replaces them on the CPU,
 the Triton kernels (kernels/pdcr) on a GPU.
@@ -178,12 +180,14 @@ def takes_triton(vectors: Sequence[Tensor], backend: str, refused: str | None = 
     return pick(OPERATION, backend, first, refused_by_triton(first) or refused) == "triton"
 
 
-def _call(vectors: Tensor, ratios_stride: int, num_compared: int) -> Call:
+def _call(vectors: Tensor, ratios_stride: int, num_compared: int, affinity: Sequence[float]) -> Call:
     """One problem of vectors `(B, N, C)`."""
     count = vectors.shape[1]
     source = Source.dense(vectors.shape, vectors.stride())
     segment = Segment(0, 0, ratios_stride, 0, count)
-    return Call.make([source], [Problem((segment,))], num_compared, vectors.dtype)
+    return Call.make(
+        [source], [Problem((segment,))], num_compared, vectors.dtype, Affinity.from_numbers(affinity)
+    )
 
 
 def pdcr_forward_on_cuda(
@@ -199,7 +203,7 @@ def pdcr_forward_on_cuda(
     from contrastseg_fast.kernels import pdcr as kernels
 
     images, *strides = ratios.stride()
-    call = _call(vectors, images, ratios.shape[2])
+    call = _call(vectors, images, ratios.shape[2], affinity)
     valid = None if valid is None else valid.contiguous()
     inputs = kernels.Inputs((vectors,), ratios, (strides[0], strides[1]), valid)
     loss, log_z, saved = kernels.forward(call, inputs, Affinity.from_numbers(affinity), reduction)
@@ -222,25 +226,32 @@ def pdcr_backward_on_cuda(
         return _backward(grad, log_z, vectors, ratios, valid, rows, floats, affinity, reduction)
     from contrastseg_fast.kernels import pdcr as kernels
 
-    call = _call(vectors, 0, ratios.shape[2])
+    call = _call(vectors, 0, ratios.shape[2], affinity)
     gradient = vectors.new_empty(vectors.shape)
     packed = kernels.Packed(rows, floats)
     kernels.backward(call, packed, log_z.contiguous(), Affinity.from_numbers(affinity), grad, (gradient,))
     return gradient
 
 
-def saved_sizes(vectors: Tensor, num_compared: int, backend: str) -> tuple[int, int]:
+def saved_sizes(
+    vectors: Tensor, num_compared: int, affinity: Sequence[float], backend: str
+) -> tuple[int, int]:
     """The sizes of `rows` and `floats`, for ratios of `num_compared` numbers each."""
     if not vectors.is_cuda or not takes_triton([vectors], backend):
         return 0, 0
-    return _call(vectors, 0, num_compared).saved_sizes()
+    return _call(vectors, 0, num_compared, affinity).saved_sizes()
 
 
 def _forward_fake(
-    vectors: Tensor, ratios: Tensor, _valid: Tensor | None, _affinity: Any, reduction: str, backend: str
+    vectors: Tensor,
+    ratios: Tensor,
+    _valid: Tensor | None,
+    affinity: Sequence[float],
+    reduction: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(vectors.dtype)
-    num_rows, num_floats = saved_sizes(vectors, ratios.shape[-1], backend)
+    num_rows, num_floats = saved_sizes(vectors, ratios.shape[-1], affinity, backend)
     return (
         vectors.new_empty(vectors.shape[:1] if reduction == "none" else (), dtype=dtype),
         vectors.new_empty(vectors.shape[:2], dtype=dtype),

@@ -273,7 +273,7 @@ def _forward_fake(
 ) -> tuple[Tensor, list[Tensor]]:
     plan, first = CallPlan.from_numbers(numbers), features[0]
     shapes = layer_shapes(features, positions, plan)
-    call = plan.sizes(shapes, bool(affinity[2]), first.dtype)
+    call = plan.sizes(shapes, Affinity.from_numbers(affinity), first.dtype)
     sizes = [(call.images(problem), call.count(problem)) for problem in call.problems]
     num_losses = sum(images for images, _ in sizes)
     dtype = accumulation_dtype(functools.reduce(torch.promote_types, (x.dtype for x in features)))
@@ -292,7 +292,7 @@ def _forward_fake(
         layers = plan.sets[number // len(plan.patches)]
         of_set = functools.reduce(torch.promote_types, (features[layer].dtype for layer in layers))
         vectors = first.new_empty((*size, shapes[layers[0]].channels), dtype=of_set)
-        rows, floats = pdcr.saved_sizes(vectors, call.num_compared, backend)
+        rows, floats = pdcr.saved_sizes(vectors, call.num_compared, affinity, backend)
         saved.append(
             (
                 labels.new_empty((*size, call.num_compared), dtype=torch.float32),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import blob_ratios
 
-from contrastseg_fast import functional
+from contrastseg_fast import functional, problems
 from gpu.oracle import (
     FP32_EPS,
     LARGEST_FP32_ERROR,
@@ -211,6 +211,26 @@ def test_large(device, triton: str, fit: Fit, determinism: str, count: int, rati
         scale * exact[1],
         8 * FP32_EPS,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "classes"), [(64, 2), (128, 2), (256, 5)])
+def test_groups_of_equal_ratios(
+    device, triton: str, fit: Fit, determinism: str, channels: int, classes: int, dtype, monkeypatch
+) -> None:
+    """Images of one class alone, of a mask and without equal ratios; some vectors are excluded."""
+    count = fit(4096, 200)
+    monkeypatch.setattr(problems, "FEWEST_GROUPED", count)
+    vectors = random_vectors(device, 3, count, channels, dtype=dtype)
+    ratios = blob_ratios(3, count, classes)
+    ratios[0] = torch.eye(classes)[0]
+    ratios[2] = torch.rand(count, classes).softmax(-1)
+    valid = (torch.rand(3, count) > 0.2).to(device)
+    loss, gradient = assert_pdcr_as_exact_as_plain(vectors, ratios.to(device), triton, valid=valid)
+    assert not gradient[~valid].any()
+    if determinism == "deterministic":
+        again = loss_and_gradient(vectors, ratios.to(device), triton, image_gradients(vectors), valid=valid)
+        assert all(torch.equal(a, b) for a, b in zip((loss, gradient), again, strict=True))
 
 
 def test_offsets_beyond_32_bits(cuda, triton: str) -> None:

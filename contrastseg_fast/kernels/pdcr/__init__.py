@@ -18,14 +18,15 @@ weights, cuBLAS multiplies. The forward pass computes the pairs (i, j) and (j, i
 slabs of the backward pass; the fused backward kernel computes whole rows. Only the forward pass adds values
 with float atomics. It does not when deterministic algorithms are requested, or when sums of exponentials need
 a running maximum. Atomic counters, which find an image's last program, are always used: they do not change
-results. Every pair is computed: finding tiles of equal ratios, whose exponents are all 0, costs more than
-skipping them saves (benchmarks/NOTES.md).
+results.
 
 A call has any number of problems (problems.py), which share every launch: rows are packed, taken out of maps
 where these are given (rows.py); tiles of pairs are summed, and an image's last program computes its loss
 (forward.py, loss.py); tiles of pairs are multiplied, where several programs share the columns of a row tile
 and write one part of g each (backward.py); and the parts are added up to gradients (gradient.py). Tables on
-the device tell every program its part of the work (layout.py).
+the device tell every program its part of the work (layout.py). Of images with many vectors and exponents
+proportional to d, the fused kernels group rows by equal ratios, and skip the pairs within a group
+(groups.py).
 
 Tensor cores truncate where fp32 units round, so products of 16-bit vectors come out too small, by up to C
 2^-27 for parallel vectors. The gradient's own rounding is larger than that; the loss shows it at low

@@ -14,14 +14,22 @@ from contrastseg_fast.kernels._common import dot, dot_add, narrow
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels._tuning import Launch
 from contrastseg_fast.kernels.pdcr import layout, plan, slabs
+from contrastseg_fast.kernels.pdcr.groups import TILE, core_around, first_step, next_row_tile
 from contrastseg_fast.kernels.pdcr.layout import (
+    CORES,
     COUNT,
     LOG_Z,
+    LOG_Z_OF_ROWS,
     PADDED,
     PHI,
     RECORD,
     ROWS,
     SCALE,
+    SHARE_IMAGE,
+    SHARE_ITEM,
+    SHARE_NUMBER,
+    SHARE_OUT,
+    SHARE_WIDTH,
     STATS,
     TILE_IMAGE,
     TILE_ITEM,
@@ -41,6 +49,7 @@ class PairSums(NamedTuple):
 
     g: Tensor  # fp32
     spans: Tensor  # (images, 2): where the parts `(parts, P, width)` of an image begin, and how many they are
+    block_i: int = 0  # of grouped rows: the height of parts, whose spans are `layout.shares`
 
 
 @triton.jit
@@ -101,8 +110,10 @@ def _multiply_row_tile(
     stats_ptr,
     g_ptr,
     tile,
-    start,
+    start,  # column tiles, counted without those that are skipped
     stop,
+    skip_first,
+    num_skipped,
     padded,
     count,
     num_classes,
@@ -128,7 +139,8 @@ def _multiply_row_tile(
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
     z_term_i = _z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED)  # [BLOCK_I]
     g = tl.zeros([BLOCK_I, WIDTH], tl.float32)
-    for column_tile in range(start, stop):
+    for step in range(start, stop):
+        column_tile = step + tl.where(step >= skip_first, num_skipped, 0)
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
         z_term_j = _z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED)  # [BLOCK_J]
@@ -197,6 +209,8 @@ def pdcr_bwd_kernel(
                 tl.load(item_ptr + TILE_ROW_TILE).to(tl.int32),
                 tl.load(item_ptr + TILE_START).to(tl.int32),
                 tl.load(item_ptr + TILE_STOP).to(tl.int32),
+                0,
+                0,
                 tl.load(record_ptr + PADDED).to(tl.int32),
                 tl.load(record_ptr + COUNT).to(tl.int32),
                 num_classes,
@@ -218,8 +232,114 @@ def pdcr_bwd_kernel(
             )
 
 
+@triton.jit(do_not_specialize=["num_classes"])
+def pdcr_bwd_groups_kernel(
+    items_ptr,
+    records_ptr,
+    rows_ptr,
+    floats_ptr,
+    g_ptr,
+    num_classes,
+    bias,
+    slope,
+    shift,
+    unequal,
+    pull,
+    offset,
+    log_weight_scale,
+    WIDTHS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
+    CATEGORICAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """As `pdcr_bwd_kernel`, for a share of the steps of an image whose rows are grouped (groups.py)."""
+    item_ptr = items_ptr + tl.program_id(0) * SHARE_ITEM
+    record_ptr = records_ptr + tl.load(item_ptr + SHARE_IMAGE) * RECORD
+    COLUMNS: tl.constexpr = TILE // BLOCK_J  # of a step
+    step = first_step(item_ptr, floats_ptr + tl.load(record_ptr + CORES), BLOCK_I)
+    while step >= 0:
+        # All is loaded again for every row tile: the products need the registers.
+        width_number = tl.load(item_ptr + SHARE_WIDTH)
+        cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
+        tile, begin, end, following = next_row_tile(item_ptr, cores_ptr, step, BLOCK_I)
+        skip_first, num_skipped = core_around(cores_ptr, tile * BLOCK_I)
+        part = tl.load(item_ptr + SHARE_NUMBER).to(tl.int32) + tile
+        for number in tl.static_range(len(WIDTHS)):
+            if width_number == number:
+                _multiply_row_tile(
+                    rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64),
+                    floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64),
+                    floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
+                    floats_ptr + tl.load(record_ptr + LOG_Z_OF_ROWS),
+                    floats_ptr + tl.load(record_ptr + STATS),
+                    g_ptr
+                    + tl.multiple_of(tl.load(item_ptr + SHARE_OUT), 64)
+                    + part.to(tl.int64) * (BLOCK_I * WIDTHS[number]),
+                    tile,
+                    (step - begin) * COLUMNS,
+                    (end - begin) * COLUMNS,
+                    skip_first // BLOCK_J,
+                    num_skipped // BLOCK_J,
+                    tl.load(record_ptr + PADDED).to(tl.int32),
+                    tl.load(record_ptr + COUNT).to(tl.int32),
+                    num_classes,
+                    bias,
+                    slope,
+                    shift,
+                    unequal,
+                    pull,
+                    offset,
+                    log_weight_scale,
+                    WIDTHS[number],
+                    CLASSES,
+                    MORE_CLASSES,
+                    CATEGORICAL,
+                    PLAIN,
+                    BOUNDED,
+                    BLOCK_I,
+                    BLOCK_J,
+                )
+        step = following
+
+
+def _multiply_groups(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> PairSums:
+    """By the fused kernel, without the pairs that grouped rows skip."""
+    device = packed.rows.device
+    tiles = layout.shares(call, plan.ROWS, launch, plan.one_wave(call, launch, packed.rows))
+    g = packed.floats.new_empty((tiles.numbers,))
+    run_kernel(
+        pdcr_bwd_groups_kernel,
+        (len(tiles.items),),
+        (
+            tiles.items.on(device),
+            layout.lay_out(call, plan.ROWS).records.on(device),
+            packed.rows,
+            packed.floats,
+            g,
+        ),
+        (
+            call.num_compared,
+            *terms.exponent.values(),
+            *terms.pair_weight.values(),
+        ),
+        {
+            "WIDTHS": layout.fused_widths(call),
+            **terms.modes,
+            "BOUNDED": terms.bounded,
+            **plan.tile_options(launch),
+        },
+    )
+    return PairSums(g, tiles.spans.on(device), launch.block_i)
+
+
 def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms, launch: Launch) -> PairSums:
     """By the fused kernel."""
+    if call.grouped:
+        return _multiply_groups(call, packed, terms, launch)
     device = log_z.device
     per_program = plan.columns_per_program("backward", call, launch, packed.rows)
     tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)

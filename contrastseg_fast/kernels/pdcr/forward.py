@@ -12,7 +12,9 @@ from contrastseg_fast.kernels._common import dot
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels._tuning import Launch
 from contrastseg_fast.kernels.pdcr import layout, plan, slabs
+from contrastseg_fast.kernels.pdcr.groups import left_of_columns
 from contrastseg_fast.kernels.pdcr.layout import (
+    CORES,
     PADDED,
     PHI,
     RECORD,
@@ -106,6 +108,7 @@ def _sum_row_tile(
     phi_ptr,
     z_ptr,
     attraction_ptr,
+    cores_ptr,  # None if all pairs are computed
     tile,
     start,
     stop,
@@ -125,6 +128,11 @@ def _sum_row_tile(
     BLOCK_J: tl.constexpr,
 ):
     """The sums of a row tile with some column tiles."""
+    skip_first, num_skipped = 0, 0
+    if cores_ptr is not None:
+        skip_first, num_skipped, start, stop = left_of_columns(
+            cores_ptr, tile * BLOCK_I, start, stop, BLOCK_J
+        )
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
     if rows_ptr is not None:
@@ -134,10 +142,11 @@ def _sum_row_tile(
         total = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
         attraction = tl.zeros([BLOCK_J], tl.float32)
     else:
-        total = tl.zeros([BLOCK_I], tl.float32)
+        total = tl.load(z_ptr + i)  # [BLOCK_I]: of skipped pairs, whose exponents are 0
         attraction = tl.zeros([BLOCK_I], tl.float32)
-        highest = tl.full([BLOCK_I], float("-inf"), tl.float32)
-    for column_tile in range(start, stop):
+        highest = tl.where(total > 0, 0.0, float("-inf"))
+    for step in range(start, stop):
+        column_tile = step + tl.where(step >= skip_first, num_skipped, 0)
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
         if rows_ptr is not None:
@@ -219,6 +228,7 @@ def pdcr_fwd_kernel(
     CATEGORICAL: tl.constexpr,
     PLAIN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    GROUPED: tl.constexpr,  # whether pairs within cores are skipped (groups.py)
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -238,6 +248,7 @@ def pdcr_fwd_kernel(
                 floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
                 scratch_ptr + tl.multiple_of(tl.load(record_ptr + Z), 64),
                 attraction_ptr + tl.load(item_ptr + TILE_OUT),
+                floats_ptr + tl.load(record_ptr + CORES) if GROUPED else None,
                 tl.load(item_ptr + TILE_ROW_TILE).to(tl.int32),
                 tl.load(item_ptr + TILE_START).to(tl.int32),
                 tl.load(item_ptr + TILE_STOP).to(tl.int32),
@@ -374,6 +385,7 @@ def pdcr_fwd_slab_kernel(
         floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
         scratch_ptr + tl.multiple_of(tl.load(record_ptr + Z), 64),
         attraction_ptr + first_slot + slot,
+        None,
         tile,
         start,
         stop,
@@ -454,7 +466,8 @@ def sum_pairs(
             sum_tiles(scratch.clone(), partials, losses, terms, symmetric, launch)
 
         launch = plan.choose_launch("forward", call, packed.rows, terms.plain, not symmetric, try_launch)
-        with_loss = max(map(call.count, call.problems)) <= plan.MOST_ROWS_WITH_LOSS
+        most_rows = max(map(call.count, call.problems))
+        with_loss = not call.grouped and most_rows <= plan.MOST_ROWS_WITH_LOSS
         sums = sum_tiles(scratch, partials, losses, terms, symmetric, launch, with_loss)
         if with_loss:
             return

@@ -10,8 +10,10 @@ from contrastseg_fast.kernels._common import narrow
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels.pdcr import layout, plan
 from contrastseg_fast.kernels.pdcr.backward import PairSums
+from contrastseg_fast.kernels.pdcr.groups import core_of_rows, parts_of_rows
 from contrastseg_fast.kernels.pdcr.layout import (
     CHANNELS,
+    CORES,
     GRAD_FIRST_USE,
     GRAD_OUT,
     GRAD_SOURCE,
@@ -19,11 +21,13 @@ from contrastseg_fast.kernels.pdcr.layout import (
     GRAD_VECTOR,
     GRAD_VECTORS,
     GRADIENT_ITEM,
+    GROUP_SUMS,
     INVERSE_LENGTH,
     LOSS,
     PADDED,
     RECORD,
     ROWS,
+    ROWS_OF_VECTORS,
     SCALE,
     SOURCE,
     STATS,
@@ -50,10 +54,14 @@ def _gradient(
     grad_ptr,
     grad_stride,
     separate_bias,
+    pair_bias,
     g_scale,
     inverse_temperature,
+    BLOCK_I: tl.constexpr,
 ):
     """The gradients [BLOCK_N, BLOCK_C] of some rows of one image, in fp32."""
+    if BLOCK_I > 0:
+        row = tl.load(floats_ptr + tl.load(record_ptr + ROWS_OF_VECTORS) + row, inside, 0.0).to(tl.int64)
     width = tl.multiple_of(tl.load(record_ptr + WIDTH), 8)
     in_width = c < width
     mask = inside[:, None] & in_width[None, :]
@@ -66,13 +74,28 @@ def _gradient(
     )
     unit_sum = tl.load(floats_ptr + tl.load(record_ptr + UNIT_SUM) + c, in_width, 0.0)
     part_ptr = g_ptr + tl.multiple_of(tl.load(span_ptr), 64)
-    part_size = tl.multiple_of(tl.load(record_ptr + PADDED) * width, 64)
-    g = tl.zeros(mask.shape, tl.float32)
-    for _ in range(tl.load(span_ptr + 1)):
-        g += tl.load(part_ptr + offsets, mask, 0.0)
-        part_ptr += part_size
     undo = g_scale * tl.where(scale > 0, 1 / tl.where(scale > 0, scale, 1.0), 0.0)
-    g = g * undo[:, None] - 2 * separate_bias * unit_sum[None, :]
+    g = tl.zeros(mask.shape, tl.float32)
+    if BLOCK_I > 0:
+        cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
+        first, parts = parts_of_rows(
+            cores_ptr, row.to(tl.int32), tl.load(span_ptr + 1), tl.load(span_ptr + 2), BLOCK_I
+        )
+        row_ptrs = part_ptr + (row % BLOCK_I * width)[:, None] + c[None, :]
+        for part in range(tl.max(tl.where(inside, parts, 0), 0)):
+            part_mask = mask & (part < parts)[:, None]
+            g += tl.load(row_ptrs + ((first + part) * (BLOCK_I * width))[:, None], part_mask, 0.0)
+        core, in_core = core_of_rows(cores_ptr, row)
+        core_ptrs = floats_ptr + tl.load(record_ptr + GROUP_SUMS) + (core * width)[:, None] + c[None, :]
+        skipped = tl.load(core_ptrs, mask & in_core[:, None], 0.0)
+        g = g * undo[:, None] - 2 * pair_bias * skipped
+    else:
+        part_size = tl.multiple_of(tl.load(record_ptr + PADDED) * width, 64)
+        for _ in range(tl.load(span_ptr + 1)):
+            g += tl.load(part_ptr + offsets, mask, 0.0)
+            part_ptr += part_size
+        g = g * undo[:, None]
+    g -= 2 * separate_bias * unit_sum[None, :]
     along = tl.sum(g * unit, 1)
     grad = tl.load(grad_ptr + tl.load(record_ptr + LOSS) * grad_stride).to(tl.float32)
     factor = grad * inverse_temperature * tl.load(floats_ptr + tl.load(record_ptr + STATS) + 1)
@@ -92,11 +115,13 @@ def pdcr_grad_kernel(
     g_ptr,
     grad_ptr,
     grad_stride,
-    separate_bias,  # of the numerator's weights; the rest of num_bias is in the pair weights
+    separate_bias,  # of the numerator's weights
+    pair_bias,  # the rest of num_bias, which is in the pair weights
     g_scale,  # what undoes the weight_scale of the pair weights, but for log2(e) / tau
     inverse_temperature,
     NUM_SOURCES: tl.constexpr,
     WORDS: tl.constexpr,  # whether all sources have a multiple of 16 channels
+    BLOCK_I: tl.constexpr,  # of the parts of grouped rows, else 0
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -111,7 +136,7 @@ def pdcr_grad_kernel(
         image = tl.load(uses_ptr + use * USE + USE_IMAGE)
         total += _gradient(
             records_ptr + image * RECORD,
-            spans_ptr + 2 * image,
+            spans_ptr + (3 if BLOCK_I > 0 else 2) * image,
             tl.load(uses_ptr + use * USE + USE_ROW) + n,
             inside,
             c,
@@ -121,8 +146,10 @@ def pdcr_grad_kernel(
             grad_ptr,
             grad_stride,
             separate_bias,
+            pair_bias,
             g_scale,
             inverse_temperature,
+            BLOCK_I,
         )
     channels = tl.load(source_records_ptr + source * SOURCE + CHANNELS)
     first = tl.load(item_ptr + GRAD_OUT)
@@ -163,6 +190,7 @@ def write_gradients(
         {
             "NUM_SOURCES": len(outs),
             "WORDS": all(source.channels % 16 == 0 for source in call.sources),
+            "BLOCK_I": sums.block_i,
             "BLOCK_N": laid_out.block_n,
             "BLOCK_C": laid_out.block_c,
             "num_warps": plan.ROWS.num_warps,

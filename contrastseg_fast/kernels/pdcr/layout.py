@@ -15,7 +15,7 @@ import triton.language as tl
 
 from contrastseg_fast.kernels._device_table import Table
 from contrastseg_fast.kernels.pdcr import plan
-from contrastseg_fast.problems import Call, aligned, padded, saved_floats
+from contrastseg_fast.problems import NUM_GROUPS, PADDING, Call, aligned, padded, saved_floats
 
 
 class Record(NamedTuple):
@@ -31,8 +31,17 @@ class Record(NamedTuple):
     phi: int  # (M, P): scaled ratios
     unit_sum: int  # (width): S
     stats: int  # (2): the number of valid vectors n, and the factor of the incoming gradient
+    # In floats, if rows are grouped (groups.py):
+    rows_of_vectors: int  # (P)
+    cores: int  # where the groups lie
+    group_sums: int  # (groups, width): sums of the unit vectors of their cores
+    log_z_of_rows: int  # (P); in log_z, if rows are in the order of vectors
+    # In keys, if rows are grouped:
+    keys: int  # (P): group and rank of every vector
+    histograms: int  # (blocks, groups): vectors of every group
+    group_blocks: int  # how many blocks
     # In scratch:
-    z: int  # (P): sums of exponentials; their log2 unless SYMMETRIC
+    z: int  # (P): sums of exponentials; their log2 unless SYMMETRIC; at first the number of skipped pairs
     sums: int  # (blocks, width): sums of the unit vectors of some rows
     valid: int  # (blocks): numbers of valid vectors
     blocks: int  # how many blocks
@@ -53,8 +62,9 @@ def _fields(record: type[NamedTuple]) -> list[tl.constexpr]:
 # The places of the fields, for kernels, which see a table as rows of integers.
 RECORD = tl.constexpr(len(Record._fields))
 (
-    PADDED, COUNT, WIDTH, ROWS, SCALE, INVERSE_LENGTH, PHI, UNIT_SUM, STATS, Z, SUMS, VALID, BLOCKS,
-    PART_SUMS, LOG_Z, PARTS, PARTIAL, COUNTER, RESULT, LOSS,
+    PADDED, COUNT, WIDTH, ROWS, SCALE, INVERSE_LENGTH, PHI, UNIT_SUM, STATS, ROWS_OF_VECTORS, CORES,
+    GROUP_SUMS, LOG_Z_OF_ROWS, KEYS, HISTOGRAMS, GROUP_BLOCKS, Z, SUMS, VALID, BLOCKS, PART_SUMS, LOG_Z,
+    PARTS, PARTIAL, COUNTER, RESULT, LOSS,
 ) = _fields(Record)  # fmt: skip
 
 
@@ -95,12 +105,13 @@ class RowItem(NamedTuple):
     num_vectors: int  # of the source: rows beyond are padding
     sums: int  # where the program's sums go
     valid_sum: int
+    group_block: int  # its block of keys, if rows are grouped
 
 
 ROW_ITEM = tl.constexpr(len(RowItem._fields))
 (
     ROW_IMAGE, ROW_SOURCE, ROW_SOURCE_IMAGE, ROW_VECTOR, ROW_NUMBER, ROW_FIRST, ROW_RATIOS, ROW_VALID,
-    ROW_VECTORS, ROW_SUMS, ROW_VALID_SUM,
+    ROW_VECTORS, ROW_SUMS, ROW_VALID_SUM, ROW_GROUP_BLOCK,
 ) = _fields(RowItem)  # fmt: skip
 
 
@@ -117,6 +128,21 @@ class TileItem(NamedTuple):
 
 TILE_ITEM = tl.constexpr(len(TileItem._fields))
 TILE_IMAGE, TILE_WIDTH, TILE_ROW_TILE, TILE_START, TILE_STOP, TILE_OUT = _fields(TileItem)
+
+
+class ShareItem(NamedTuple):
+    """A program's share of the steps of an image whose rows are grouped (groups.py)."""
+
+    image: int
+    width: int
+    number: int  # of the share
+    shares: int  # of the image
+    least: int  # steps of a share at least
+    out: int  # where the image's parts of g begin
+
+
+SHARE_ITEM = tl.constexpr(len(ShareItem._fields))
+SHARE_IMAGE, SHARE_WIDTH, SHARE_NUMBER, SHARE_SHARES, SHARE_LEAST, SHARE_OUT = _fields(ShareItem)
 
 
 class GradientItem(NamedTuple):
@@ -154,6 +180,7 @@ class Sizes(NamedTuple):
     log_z: int
     scratch: int  # fp32, of the forward pass alone
     partials: int  # fp64, of the forward pass alone; its counters come first
+    keys: int  # int32, of the forward pass alone
     counters: int
     losses: int
 
@@ -166,17 +193,20 @@ class Layout(NamedTuple):
     records: Table  # of the images
     sources: Table
     row_items: Table
+    group_items: Table  # row items too; none unless rows are grouped
     loss_items: Table
     problem_images: Table  # (problems, 2): first image, and one behind the last
     block_n: int  # vectors that a program over rows takes
     block_c: int  # all of their channels
+    group_n: int  # vectors that a program over keys takes
+    loss_n: int  # vectors of a part of the loss
 
 
 class Tiles(NamedTuple):
     """The items of a kernel over tiles, and where the numbers of every image lie that its programs write."""
 
     items: Table
-    spans: Table  # (images, 2)
+    spans: Table  # (images, 2); of shares (images, 3)
     numbers: int  # that programs write
 
 
@@ -188,21 +218,27 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
     block_n = max(1, launch.elements // block_c)
     records: list[Record] = []
     row_items: list[RowItem] = []
+    group_items: list[RowItem] = []
     loss_items: list[list[int]] = []
     problem_images = []
-    rows = floats = log_z = scratch = parts = 0
+    group_n = max(plan.GROUP_ROWS, block_n)
+    loss_n = PADDING if call.grouped else launch.loss_rows
+    rows = floats = log_z = scratch = parts = keys = 0
     num_images = sum(map(call.images, call.problems))
     first_partial = 1 + num_images
     for number, problem in enumerate(call.problems):
         width, count = call.width(problem), call.count(problem)
         height = padded(count)
         problem_images.append([len(records), len(records) + call.images(problem)])
-        blocks = _row_blocks(call, number, block_n)
+        blocks = _row_blocks(call, number, block_n, group_n)
+        group_blocks = _row_blocks(call, number, group_n, group_n) if call.grouped else [[]] * len(blocks)
         for image in range(call.images(problem)):
             own = blocks[image]
-            num_parts = -(-count // launch.loss_rows)
+            num_parts = -(-count // loss_n)
             phi = floats + 2 * height
             unit_sum = phi + call.num_compared * height
+            stats = unit_sum + aligned(width)
+            places = aligned(stats + 2)
             sums = scratch + height
             valid = sums + aligned(len(own) * width)
             part_sums = valid + aligned(len(own))
@@ -211,6 +247,7 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
                 item._replace(image=index, sums=sums + block * width, valid_sum=valid + block)
                 for block, item in enumerate(own)
             ]
+            group_items += [item._replace(image=index) for item in group_blocks[image]]
             loss_items += [[index, part] for part in range(num_parts)]
             records.append(
                 Record(
@@ -222,7 +259,14 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
                     inverse_length=floats + height,
                     phi=phi,
                     unit_sum=unit_sum,
-                    stats=unit_sum + aligned(width),
+                    stats=stats,
+                    rows_of_vectors=places,
+                    log_z_of_rows=places + height if call.grouped else log_z,
+                    cores=places + 2 * height,
+                    group_sums=aligned(places + 2 * height + 1),
+                    keys=keys,
+                    histograms=keys + height,
+                    group_blocks=len(group_blocks[image]),
                     z=scratch,
                     sums=sums,
                     valid=valid,
@@ -237,7 +281,8 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
                 )
             )
             rows += height * width
-            floats += saved_floats(count, width, call.num_compared)
+            floats += saved_floats(count, width, call.num_compared, call.grouped)
+            keys += height + NUM_GROUPS * len(group_blocks[image])
             scratch = part_sums + aligned(num_parts * width)
             log_z += count
             parts += num_parts
@@ -247,26 +292,31 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
     ]
     partials = first_partial + num_images + 3 * parts
     return Layout(
-        Sizes(rows, floats, log_z, scratch, partials, first_partial, num_images),
+        Sizes(rows, floats, log_z, scratch, partials, keys, first_partial, num_images),
         tuple(records),
         Table(records),
         Table(sources),
         Table(row_items),
+        Table(group_items),
         Table(loss_items),
         Table(problem_images),
         block_n,
         block_c,
+        group_n,
+        loss_n,
     )
 
 
-def _row_blocks(call: Call, number: int, rows_at_once: int) -> list[list[RowItem]]:
+def _row_blocks(call: Call, number: int, rows_at_once: int, group_n: int) -> list[list[RowItem]]:
     """The row items of every image of a problem, but for the image and the places of sums.
 
-    The last rows of an image are no vectors: the block before them writes them too.
+    The last rows of an image are no vectors: the block before them writes them too. Blocks of keys, of
+    `group_n` vectors, begin anew with every image of a source, as those of rows do.
     """
     problem = call.problems[number]
     images, count = call.images(problem), call.count(problem)
     blocks: list[list[RowItem]] = [[] for _ in range(images)]
+    group_blocks = [0] * images
     stride = count // call.sources[problem.segments[0].source].images if problem.merged else 0
     row = 0
     for segment in problem.segments:
@@ -290,8 +340,10 @@ def _row_blocks(call: Call, number: int, rows_at_once: int) -> list[list[RowItem
                         num_vectors=source.num_vectors,
                         sums=0,
                         valid_sum=0,
+                        group_block=group_blocks[of_problem] + (first - first_row) // group_n,
                     )
                 )
+            group_blocks[of_problem] += -(-(stop - first_row) // group_n)
         row += source.num_vectors
     return blocks
 
@@ -356,6 +408,29 @@ def backward_tiles(call: Call, rows: plan.RowLaunch, launch: plan.Launch, per_pr
         spans.append([numbers, len(chunks)])
         numbers += len(chunks) * image.padded * image.width
     return Tiles(_by_cost(items, widths), Table(spans), numbers)
+
+
+@functools.lru_cache(maxsize=1024)
+def shares(call: Call, rows: plan.RowLaunch, launch: plan.Launch, programs: int) -> Tiles:
+    """Items of the backward pass over grouped rows, which share the steps of each image evenly.
+
+    Share s of row tile r goes to part s + r, so that no two are the same. The spans say where the parts of an
+    image begin, how many shares it has, and the least steps of a share.
+    """
+    widths, images = fused_widths(call), lay_out(call, rows).images
+    costs = [image.padded**2 * image.width for image in images]
+    if len(images) > 1:
+        programs *= 2  # which skip unequal numbers of pairs: short programs fill the gaps of long ones
+    items, spans, numbers = [], [], 0
+    for index, (image, cost) in enumerate(zip(images, costs, strict=True)):
+        own = max(1, programs * cost // sum(costs))
+        least = -(-image.padded // (PADDING * plan.most_parts(image.width)))
+        items += [
+            ShareItem(index, widths.index(image.width), number, own, least, numbers) for number in range(own)
+        ]
+        spans.append([numbers, own, least])
+        numbers += (own + image.padded // launch.block_i) * launch.block_i * image.width
+    return Tiles(Table(items), Table(spans), numbers)
 
 
 @functools.lru_cache(maxsize=1024)

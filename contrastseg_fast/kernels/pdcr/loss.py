@@ -12,13 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastseg_fast.kernels._common import dot_add
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels.pdcr import layout, plan
+from contrastseg_fast.kernels.pdcr.groups import GROUPS, LEFT_OUT, load_cores
 from contrastseg_fast.kernels.pdcr.layout import (
     BLOCKS,
+    CORES,
     COUNT,
     COUNTER,
+    GROUP_SUMS,
     LOG_Z,
+    LOG_Z_OF_ROWS,
     LOSS,
     LOSS_ITEM,
     PART_SUMS,
@@ -26,6 +31,8 @@ from contrastseg_fast.kernels.pdcr.layout import (
     PARTS,
     RECORD,
     RESULT,
+    ROWS,
+    ROWS_OF_VECTORS,
     SCALE,
     STATS,
     SUMS,
@@ -37,6 +44,9 @@ from contrastseg_fast.kernels.pdcr.layout import (
 from contrastseg_fast.kernels.pdcr.rows import Packed
 from contrastseg_fast.kernels.pdcr.tiles import LN_2, is_excluded
 from contrastseg_fast.problems import Call
+
+_ROWS_OF_PART = tl.constexpr(32)  # of a tile, and parts: what a program reads at once
+_PARTS_AT_ONCE = tl.constexpr(32)
 
 
 @triton.jit
@@ -56,7 +66,8 @@ def _share(number, part, parts):
 def _sum_part(
     record_ptr,
     part,
-    scale_ptr,
+    rows_ptr,  # unless GROUPED, None
+    floats_ptr,
     z_ptr,
     log_z_ptr,
     scratch_ptr,
@@ -65,23 +76,35 @@ def _sum_part(
     attraction_begin,
     attraction_end,
     SYMMETRIC: tl.constexpr,
+    GROUPED: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One part's sums of log Z, weighted similarities, valid vectors and unit vectors."""
+    """One part's sums of log Z, weighted similarities, valid vectors and unit vectors.
+
+    With grouped rows, a part is a tile, so that no two groups' cores share one.
+    """
     count = tl.load(record_ptr + COUNT)
     parts = tl.load(record_ptr + PARTS)
+    scale_ptr = floats_ptr + tl.load(record_ptr + SCALE)
     total = tl.zeros([BLOCK], tl.float64)
+    valid = tl.zeros([BLOCK], tl.float32)
     for first in tl.static_range(0, ROWS_AT_ONCE, BLOCK):
         n = part * ROWS_AT_ONCE + first + tl.arange(0, BLOCK)
         inside = n < count
-        included = inside & ~is_excluded(tl.load(scale_ptr + n, inside, 0.0))
-        z = tl.load(z_ptr + n, included, 1.0, cache_modifier=".cg")  # other programs added to it
+        row = n
+        if GROUPED:
+            row = tl.load(floats_ptr + tl.load(record_ptr + ROWS_OF_VECTORS) + n, inside, 0.0).to(tl.int64)
+        included = inside & ~is_excluded(tl.load(scale_ptr + row, inside, 0.0))
+        z = tl.load(z_ptr + row, included, 1.0, cache_modifier=".cg")  # other programs added to it
         log_z = tl.log(z) if SYMMETRIC else z * LN_2
         log_z = tl.where(included, log_z, 0.0)
         tl.store(log_z_ptr + n, log_z, inside)
         total += log_z.to(tl.float64)
+        if GROUPED:
+            tl.store(floats_ptr + tl.load(record_ptr + LOG_Z_OF_ROWS) + row, log_z, inside)
+            valid += tl.where(included, 1.0, 0.0)
     attraction = tl.zeros([BLOCK], tl.float64)
     number = attraction_end - attraction_begin
     stop = attraction_begin + _share(number, part + 1, parts)
@@ -89,23 +112,50 @@ def _sum_part(
         slot = first + tl.arange(0, BLOCK)
         values = tl.load(attraction_ptr + slot, slot < stop, 0.0, cache_modifier=".cg")
         attraction += values.to(tl.float64)
-    blocks = tl.load(record_ptr + BLOCKS)
-    first_block = _share(blocks, part, parts)
-    last_block = _share(blocks, part + 1, parts)
-    valid = tl.zeros([BLOCK], tl.float32)
-    for first in range(first_block, last_block, BLOCK):
-        block = first + tl.arange(0, BLOCK)
-        valid += tl.load(scratch_ptr + tl.load(record_ptr + VALID) + block, block < last_block, 0.0)
     width = tl.load(record_ptr + WIDTH)
     c = tl.arange(0, BLOCK_C)
     sums = tl.zeros([BLOCK_C], tl.float32)
-    for block in range(first_block, last_block):
-        sums += tl.load(scratch_ptr + tl.load(record_ptr + SUMS) + block * width + c, c < width, 0.0)
+    if GROUPED:
+        rows_ptr += tl.multiple_of(tl.load(record_ptr + ROWS), 64)
+        for first in range(0, ROWS_AT_ONCE, _ROWS_OF_PART):
+            own_row = part * ROWS_AT_ONCE + first + tl.arange(0, _ROWS_OF_PART)
+            scale = tl.load(scale_ptr + own_row)
+            ptrs = rows_ptr + (own_row * tl.multiple_of(width, 8))[:, None] + c[None, :]
+            packed = tl.load(ptrs, (c < width)[None, :], 0.0).to(tl.float32)  # [_ROWS_OF_PART, BLOCK_C]
+            sums += tl.sum(packed * scale[:, None], 0)
+    else:
+        blocks = tl.load(record_ptr + BLOCKS)
+        first_block = _share(blocks, part, parts)
+        last_block = _share(blocks, part + 1, parts)
+        for first in range(first_block, last_block, BLOCK):
+            block = first + tl.arange(0, BLOCK)
+            valid += tl.load(scratch_ptr + tl.load(record_ptr + VALID) + block, block < last_block, 0.0)
+        for block in range(first_block, last_block):
+            sums += tl.load(scratch_ptr + tl.load(record_ptr + SUMS) + block * width + c, c < width, 0.0)
     tl.store(scratch_ptr + tl.load(record_ptr + PART_SUMS) + part * width + c, sums, c < width)
     partials_ptr += tl.load(record_ptr + PARTIAL) + 3 * part
     tl.store(partials_ptr, tl.sum(total, 0))
     tl.store(partials_ptr + 1, tl.sum(attraction, 0))
     tl.store(partials_ptr + 2, tl.sum(valid.to(tl.float64), 0))
+
+
+@triton.jit
+def _sum_cores(cores_ptr, part_sums_ptr, parts, width, BLOCK_C: tl.constexpr):
+    """The sums of the unit vectors of every core, [GROUPS, BLOCK_C]; those of no core's in the last row."""
+    first_tile, num_tiles = load_cores(cores_ptr)
+    groups = tl.arange(0, GROUPS)
+    c = tl.arange(0, BLOCK_C)
+    sums = tl.zeros([GROUPS, BLOCK_C], tl.float32)
+    for first in range(0, parts, _PARTS_AT_ONCE):
+        part = first + tl.arange(0, _PARTS_AT_ONCE)
+        ptrs = part_sums_ptr + (part * width)[:, None] + c[None, :]
+        inside = (part < parts)[:, None] & (c < width)[None, :]
+        of_parts = tl.load(ptrs, inside, 0.0, cache_modifier=".cg")  # [_PARTS_AT_ONCE, BLOCK_C]
+        is_of = (first_tile[:, None] <= part[None, :]) & (part[None, :] < (first_tile + num_tiles)[:, None])
+        in_none = tl.sum(is_of.to(tl.int32), 0) == 0
+        is_of = is_of | ((groups == LEFT_OUT)[:, None] & in_none[None, :])  # [GROUPS, _PARTS_AT_ONCE]
+        sums = dot_add(is_of.to(tl.float32), of_parts, sums)
+    return sums
 
 
 @triton.jit
@@ -120,6 +170,7 @@ def _finish_image(
     attraction_scale,
     shift,
     REDUCTION: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -136,10 +187,17 @@ def _finish_image(
         attraction += tl.load(ptrs + 1, part < parts, 0.0, cache_modifier=".cg")
         valid += tl.load(ptrs + 2, part < parts, 0.0, cache_modifier=".cg")
     c = tl.arange(0, BLOCK_C)
+    part_sums_ptr = scratch_ptr + tl.load(record_ptr + PART_SUMS)
     unit_sum = tl.zeros([BLOCK_C], tl.float32)
-    for part in range(parts):
-        ptrs = scratch_ptr + tl.load(record_ptr + PART_SUMS) + part * width + c
-        unit_sum += tl.load(ptrs, c < width, 0.0, cache_modifier=".cg")
+    if GROUPED:
+        cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
+        sums = _sum_cores(cores_ptr, part_sums_ptr, parts, width, BLOCK_C)
+        ptrs = floats_ptr + tl.load(record_ptr + GROUP_SUMS) + (tl.arange(0, GROUPS) * width)[:, None]
+        tl.store(ptrs + c[None, :], sums, (c < width)[None, :])
+        unit_sum = tl.sum(sums, 0)
+    else:
+        for part in range(parts):
+            unit_sum += tl.load(part_sums_ptr + part * width + c, c < width, 0.0, cache_modifier=".cg")
     tl.store(floats_ptr + tl.load(record_ptr + UNIT_SUM) + c, unit_sum, c < width)
     n = tl.sum(valid, 0)
     square = tl.sum(unit_sum.to(tl.float64) * unit_sum.to(tl.float64), 0)
@@ -213,6 +271,7 @@ def _finish(
     attraction_scale,
     shift,
     REDUCTION: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -228,6 +287,7 @@ def _finish(
         attraction_scale,
         shift,
         REDUCTION,
+        GROUPED,
         BLOCK,
         BLOCK_C,
     )
@@ -273,7 +333,8 @@ def finish_after_tiles(
             _sum_part(
                 record_ptr,
                 part,
-                floats_ptr + tl.load(record_ptr + SCALE),
+                None,
+                floats_ptr,
                 scratch_ptr + tl.load(record_ptr + Z),
                 log_z_ptr + tl.load(record_ptr + LOG_Z),
                 scratch_ptr,
@@ -282,6 +343,7 @@ def finish_after_tiles(
                 begin,
                 end,
                 SYMMETRIC,
+                False,
                 ROWS_AT_ONCE,
                 BLOCK,
                 BLOCK_C,
@@ -302,6 +364,7 @@ def finish_after_tiles(
             attraction_scale,
             loss_shift,
             REDUCTION,
+            False,
             BLOCK,
             BLOCK_C,
         )
@@ -313,6 +376,7 @@ def pdcr_loss_kernel(
     records_ptr,
     problems_ptr,
     spans_ptr,
+    rows_ptr,  # unless GROUPED, None
     floats_ptr,
     scratch_ptr,
     attraction_ptr,
@@ -326,6 +390,7 @@ def pdcr_loss_kernel(
     attraction_scale,
     shift,
     SYMMETRIC: tl.constexpr,  # whether z holds the sums, else their log2
+    GROUPED: tl.constexpr,
     REDUCTION: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -338,7 +403,8 @@ def pdcr_loss_kernel(
     _sum_part(
         record_ptr,
         tl.load(item_ptr + 1),
-        floats_ptr + tl.load(record_ptr + SCALE),
+        rows_ptr,
+        floats_ptr,
         scratch_ptr + tl.load(record_ptr + Z),
         log_z_ptr + tl.load(record_ptr + LOG_Z),
         scratch_ptr,
@@ -347,6 +413,7 @@ def pdcr_loss_kernel(
         tl.load(spans_ptr + 2 * image),
         tl.load(spans_ptr + 2 * image + 1),
         SYMMETRIC,
+        GROUPED,
         ROWS_AT_ONCE,
         BLOCK,
         BLOCK_C,
@@ -368,6 +435,7 @@ def pdcr_loss_kernel(
             attraction_scale,
             shift,
             REDUCTION,
+            GROUPED,
             BLOCK,
             BLOCK_C,
         )
@@ -391,9 +459,10 @@ def new_losses(call: Call, packed: Packed, terms: plan.Terms, symmetric: bool, r
         (len(laid_out.images), len(call.problems), *terms.loss.values()),
         {
             "SYMMETRIC": symmetric,
+            "GROUPED": call.grouped,
             "REDUCTION": reduction,
-            "ROWS_AT_ONCE": plan.ROWS.loss_rows,
-            "BLOCK": plan.LOSS_BLOCK,
+            "ROWS_AT_ONCE": laid_out.loss_n,
+            "BLOCK": min(plan.LOSS_BLOCK, laid_out.loss_n),
             "BLOCK_C": laid_out.block_c,
         },
     )
@@ -419,6 +488,7 @@ def write_loss(
             laid_out.records.on(device),
             laid_out.problem_images.on(device),
             spans,
+            packed.rows if call.grouped else None,
             packed.floats,
             scratch,
             attraction,
@@ -427,5 +497,5 @@ def write_loss(
             losses.loss,
         ),
         losses.numbers,
-        {**losses.constants, "enable_fp_fusion": True},
+        {**losses.constants, "num_warps": 8 if call.grouped else 4, "enable_fp_fusion": True},
     )

@@ -101,6 +101,7 @@ CANDIDATES = [
 SLAB_FORWARD = Launch(32, 128, 4, 1)
 SLAB_PAIRS = Launch(32, 128, 4, 1)
 ROWS = RowLaunch(2048, 1024, 4)
+GROUP_ROWS = 512  # vectors whose groups one program finds
 LOSS_BLOCK = 1024
 MOST_ROWS_WITH_LOSS = 2048  # of an image; the loss of more takes one program too long
 _FORWARD_PROGRAMS, _MOST_COLUMN_TILES = 8, 16  # of the forward pass, on a processor; tiles of one
@@ -129,7 +130,7 @@ def terms_of(affinity: Affinity, dtype: torch.dtype, num_vectors: int, num_class
     farthest = 1.0 if categorical else distance_scale * num_classes
     weight = max(abs(den_bias), abs(den_bias + den_slope * farthest))
     largest = weight * (1 + abs(shift)) / temperature + math.log(max(num_vectors, 1))
-    plain = den_bias == 0 and den_slope == 1 and shift == 0
+    plain = affinity.is_plain
     unit = factor if plain else 1.0  # what the kernels' distances are multiples of
     separate_bias = 0.0  # the part of num_bias that stays out of the pair weights
     if plain and not categorical:  # most categories are unlike: their weights are smallest with all of it
@@ -161,6 +162,7 @@ def terms_of(affinity: Affinity, dtype: torch.dtype, num_vectors: int, num_class
         },
         gradient={
             "separate_bias": separate_bias,
+            "pair_bias": num_bias - separate_bias,
             "g_scale": 2.0**bits,
             "inverse_temperature": 1 / temperature,
         },
@@ -217,7 +219,12 @@ def columns_per_program(direction: str, call: Call, launch: Launch, rows: Tensor
     if direction == "forward":
         wanted = 2 * _FORWARD_PROGRAMS * processors(rows)  # half of the tiles are computed
         return min(max(cost // (widest * wanted), 1), _MOST_COLUMN_TILES)
-    return -(-cost // (widest * processors(rows) * _resident(launch, widest)))
+    return -(-cost // (widest * one_wave(call, launch, rows)))
+
+
+def one_wave(call: Call, launch: Launch, rows: Tensor) -> int:
+    """Programs of a launch that run at the same time, for calls with these packed rows."""
+    return processors(rows) * _resident(launch, max(map(call.width, call.problems)))
 
 
 def most_parts(width: int) -> int:

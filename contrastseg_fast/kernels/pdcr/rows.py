@@ -12,8 +12,15 @@ from torch import Tensor
 from contrastseg_fast.kernels._common import narrow
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels.pdcr import layout, plan
+from contrastseg_fast.kernels.pdcr.groups import (
+    find_places,
+    load_vector_numbers,
+    pdcr_groups_kernel,
+    store_cores,
+)
 from contrastseg_fast.kernels.pdcr.layout import (
     CHANNELS,
+    CORES,
     COUNT_X,
     COUNT_Y,
     COUNT_Z,
@@ -26,18 +33,16 @@ from contrastseg_fast.kernels.pdcr.layout import (
     POSITIONS_AT,
     RECORD,
     ROW_FIRST,
+    ROW_GROUP_BLOCK,
     ROW_IMAGE,
     ROW_ITEM,
-    ROW_NUMBER,
     ROW_RATIOS,
     ROW_SOURCE,
     ROW_SOURCE_IMAGE,
     ROW_SUMS,
-    ROW_VALID,
     ROW_VALID_SUM,
-    ROW_VECTOR,
-    ROW_VECTORS,
     ROWS,
+    ROWS_OF_VECTORS,
     SCALE,
     SOURCE,
     STRIDE_B,
@@ -125,6 +130,7 @@ def pdcr_rows_kernel(
     items_ptr,
     source_records_ptr,
     records_ptr,
+    keys_ptr,  # unless GROUPED, None
     rows_ptr,
     floats_ptr,
     scratch_ptr,
@@ -138,10 +144,14 @@ def pdcr_rows_kernel(
     UNIT: tl.constexpr,  # whether to pack v / |v|, with scale 1
     ORDERS: tl.constexpr,  # of the sources
     PLACES: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Packs some rows of an image and sums their unit vectors. What later kernels add to becomes zero."""
+    """Packs some rows of an image and sums their unit vectors. What later kernels add to is initialised.
+
+    Grouped rows lie where their group does, and the loss kernel sums their unit vectors.
+    """
     item_ptr = items_ptr + tl.program_id(0) * ROW_ITEM
     record_ptr = records_ptr + tl.load(item_ptr + ROW_IMAGE) * RECORD
     source = tl.load(item_ptr + ROW_SOURCE)
@@ -149,17 +159,20 @@ def pdcr_rows_kernel(
     first_row = tl.load(item_ptr + ROW_FIRST)
     padded = tl.load(record_ptr + PADDED)
     width = tl.multiple_of(tl.load(record_ptr + WIDTH), 8)
+    in_image, n, included = load_vector_numbers(item_ptr, valid_ptr, least_valid, BLOCK_N)  # [BLOCK_N]
     step = tl.arange(0, BLOCK_N)
-    in_image = step < tl.load(item_ptr + ROW_NUMBER)  # [BLOCK_N]
     row = first_row + step
-    n = tl.load(item_ptr + ROW_VECTOR) + step
-    included = in_image & (n < tl.load(item_ptr + ROW_VECTORS))
-    if valid_ptr is not None:
-        valid = tl.load(valid_ptr + tl.load(item_ptr + ROW_VALID) + n, included, 0)
-        if valid_ptr.dtype.element_ty == tl.float32:
-            included = included & (valid >= least_valid)
-        else:
-            included = included & (valid != 0)
+    num_skipped = tl.zeros([BLOCK_N], tl.int32)
+    if GROUPED:
+        block = tl.load(item_ptr + ROW_GROUP_BLOCK)
+        place, num_skipped, first_tile, num_tiles, valid_tiles = find_places(
+            record_ptr, keys_ptr, block, row, in_image
+        )
+        tl.store(floats_ptr + tl.load(record_ptr + ROWS_OF_VECTORS) + row, place.to(tl.float32), in_image)
+        if first_row == 0:
+            cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
+            store_cores(cores_ptr, first_tile, num_tiles, valid_tiles)
+        row = place.to(tl.int64)
 
     c = tl.arange(0, BLOCK_C)
     image = tl.load(item_ptr + ROW_SOURCE_IMAGE)
@@ -187,8 +200,9 @@ def pdcr_rows_kernel(
     row_ptrs = rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64) + (row * width)[:, None] + c[None, :]
     in_width = c < width
     tl.store(row_ptrs, narrow(packed, rows_ptr.dtype.element_ty), in_image[:, None] & in_width[None, :])
-    tl.store(scratch_ptr + tl.load(item_ptr + ROW_SUMS) + c, tl.sum(unit, 0), in_width)
-    tl.store(scratch_ptr + tl.load(item_ptr + ROW_VALID_SUM), tl.sum(included.to(tl.float32), 0))
+    if not GROUPED:
+        tl.store(scratch_ptr + tl.load(item_ptr + ROW_SUMS) + c, tl.sum(unit, 0), in_width)
+        tl.store(scratch_ptr + tl.load(item_ptr + ROW_VALID_SUM), tl.sum(included.to(tl.float32), 0))
 
     inverse_length = tl.where(square == 0, 0.0, scale * (shrink * shrink_more))
     if UNIT:
@@ -196,7 +210,7 @@ def pdcr_rows_kernel(
     tl.store(floats_ptr + tl.load(record_ptr + SCALE) + row, tl.where(included, scale, EXCLUDED), in_image)
     inverse_length = tl.where(included, inverse_length, 0.0)
     tl.store(floats_ptr + tl.load(record_ptr + INVERSE_LENGTH) + row, inverse_length, in_image)
-    tl.store(scratch_ptr + tl.load(record_ptr + Z) + row, 0.0, in_image)
+    tl.store(scratch_ptr + tl.load(record_ptr + Z) + row, num_skipped.to(tl.float32), in_image)
     ratio_ptrs = ratios_ptr + tl.load(item_ptr + ROW_RATIOS) + n * ratios_stride_n
     phi_ptr = floats_ptr + tl.load(record_ptr + PHI)
     for _ in range(num_classes):
@@ -236,6 +250,27 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
     valid = inputs.valid
     if valid is not None and valid.dtype == torch.bool:
         valid = valid.view(torch.uint8)
+    keys = None
+    if call.grouped:
+        keys = first.new_empty((sizes.keys,), dtype=torch.int32)
+        run_kernel(
+            pdcr_groups_kernel,
+            (len(laid_out.group_items),),
+            (
+                inputs.ratios,
+                valid,
+                laid_out.group_items.on(first.device),
+                laid_out.records.on(first.device),
+                keys,
+            ),
+            (call.num_compared, *inputs.ratios_strides, inputs.least_valid),
+            {
+                "CATEGORICAL": terms.modes["CATEGORICAL"],
+                "BLOCK_N": laid_out.group_n,
+                "num_warps": plan.ROWS.num_warps,
+                "enable_fp_fusion": True,
+            },
+        )
     run_kernel(
         pdcr_rows_kernel,
         (len(laid_out.row_items),),
@@ -247,6 +282,7 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
             laid_out.row_items.on(first.device),
             laid_out.sources.on(first.device),
             laid_out.records.on(first.device),
+            keys,
             packed.rows,
             packed.floats,
             scratch,
@@ -264,6 +300,7 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
             "UNIT": first.dtype == torch.float32,
             "ORDERS": tuple(map(_order, call.sources)),
             "PLACES": tuple(map(_place, call.sources)),
+            "GROUPED": call.grouped,
             "BLOCK_N": laid_out.block_n,
             "BLOCK_C": laid_out.block_c,
             "num_warps": plan.ROWS.num_warps,
