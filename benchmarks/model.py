@@ -13,6 +13,7 @@ today, which no card has run.
 
 from __future__ import annotations
 
+import itertools
 from math import ceil
 from typing import NamedTuple
 
@@ -62,6 +63,25 @@ class Launch(NamedTuple):
     microseconds: float  # of the kernel over pairs, and of summing what was split
 
 
+class SmallCall(NamedTuple):
+    """The one kernel of a pass over few vectors: a program has some rows, and meets all columns.
+
+    Instructions are those of a warp, in the code for sm_90.
+    """
+
+    rows: int
+    warps: int
+    fixed: float  # for every warp
+    element: float  # for 32 numbers of vectors, which are packed
+    pair: float  # for 32 pairs, with one class
+    per_class: float  # for 32 pairs, for each further class
+    end: float  # cycles until the last program has reduced the parts of the others
+
+
+SMALL_CALL = {
+    "forward": SmallCall(32, 8, 710, 17, 36, 5, 1000),
+    "backward": SmallCall(32, 8, 600, 0, 13, 2, 0),
+}
 MEASURED_KERNELS = Design(
     tiles={
         "forward": {
@@ -188,6 +208,22 @@ def predict(
     return launch.microseconds + small * SMALL + rows
 
 
+def predict_small(batch: int, count: int, width: int, classes: int, direction: str) -> float:
+    """Microseconds of one pass by the kernel of small calls."""
+    kernel = SMALL_CALL[direction]
+    pairs = kernel.rows * count
+    instructions = (
+        kernel.warps * kernel.fixed
+        + (kernel.rows + count) * width / 32 * kernel.element
+        + pairs / 32 * (kernel.pair + (classes - 1) * kernel.per_class)
+    )
+    products = {"forward": 1, "backward": 2}[direction]
+    tensor = products * pairs * width / (TENSOR / 2)  # by the instructions of older cards
+    together = ceil(batch * ceil(count / kernel.rows) / PROCESSORS)
+    one = instructions / ISSUE / FILLED[kernel.warps // ISSUE] + tensor
+    return LAUNCH + (START + together * one + kernel.end) / CLOCK
+
+
 # Batch, N, C: microseconds forward and backward of the best measured launches (two classes, bf16).
 MEASURED = {
     (1, 256, 256): (22.2, 28.6),
@@ -231,6 +267,14 @@ def main() -> None:
                     f"| {batch}, {count}, {width} | {one} | {forward:.0f} | {two}, {splits} | {backward:.0f} "
                     f"| {forward + backward:.0f} | {peer} |"
                 )
+    print("\n| B, N, C | forward: by tiles | by one kernel | backward: by tiles | by one kernel |")
+    print("|---|---|---|---|---|")
+    for batch, count, width in itertools.product((1, 8), (64, 128, 256), (64, 256)):
+        size = (batch, count, width, 2)
+        times = [
+            f"{by(*size, way):.1f}" for way in ("forward", "backward") for by in (predict, predict_small)
+        ]
+        print(f"| {batch}, {count}, {width} | {' | '.join(times)} |")
 
     print("\n| B, N, C, M, grouped | " + " | ".join(f"{left} left" for left in LEFT) + " | not grouped |")
     print("|---|" + "---|" * (len(LEFT) + 1))

@@ -43,6 +43,11 @@ class Source(NamedTuple):
         axes = (1, 1, count)
         return cls(images, count, channels, (of_images, of_vectors, of_channels), axes, axes)
 
+    @property
+    def in_words(self) -> bool:
+        """Whether all vectors begin and end at whole words of 32 bytes, with 16-bit channels side by side."""
+        return self.strides[2] == 1 and all(number % 16 == 0 for number in (*self.strides[:2], self.channels))
+
 
 class Segment(NamedTuple):
     """The vectors of one source as rows of a problem."""

@@ -7,7 +7,8 @@ bound and specialised as on a card of that compute capability (divisibility by 1
 options), but nothing is launched. Results are uninitialised memory; only the recorded launches have a
 meaning. OUT is a pickled `Recording`. SOURCE is one of
 
-    tables       calls that take every entry of the launch tables of that card
+    tables       calls that take every entry of the launch tables of that card, in two modes
+    modes        the same calls in other modes
     tests        the calls of tests/gpu at the sizes of a GPU
     benchmarks   the calls of the GPU cases of benchmarks/registry.py
     counts       `CALLS`, whose launches are counted
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-SOURCES = ("tables", "tests", "benchmarks", "counts")
+SOURCES = ("tables", "modes", "tests", "benchmarks", "counts")
 _ROOT = Path(__file__).resolve().parent.parent
 _OPERATORS = {  # with Triton kernels, by file of ops/; `<operator>_on_cuda` there serves CUDA tensors
     "pdcr": ("pdcr_forward", "pdcr_backward"),
@@ -68,6 +69,7 @@ def _on_cuda() -> Iterator[tuple[str, Callable[..., Any]]]:
             yield operator, getattr(module, f"{operator}_on_cuda")
 
 
+_Mode = tuple[torch.dtype, int, float]  # dtype, classes, temperature
 _LIBRARIES: list[torch.library.Library] = []  # registrations end with their library
 
 
@@ -366,32 +368,55 @@ def _run_benchmarks(recorder: Recorder) -> None:
                     case.operation.implementation(OURS).prepare(case.size, inputs)()
 
 
-def _run_tables(recorder: Recorder) -> None:
-    """All entries, for few tiles, for many and for groups, at every width that they serve and at several."""
-    from contrastseg_fast.functional import pdcr_loss
-    from contrastseg_fast.problems import FEWEST_GROUPED
+_FEW_CLASSES, _MORE_CLASSES = (torch.bfloat16, 2, 0.5), (torch.bfloat16, 5, 0.5)
+_OTHER_MODES = [
+    *((torch.bfloat16, classes, 0.5) for classes in (4, 8, 12)),
+    *((torch.bfloat16, 2, 0.001), (torch.float16, 2, 0.5)),
+]
 
-    modes = [(torch.bfloat16, classes, 0.5) for classes in (2, 4, 5, 8, 12)]
-    modes += [(torch.bfloat16, 2, 0.001), (torch.float16, 2, 0.5)]
-    for batch, count in ((1, 256), (8, 1024), (1, FEWEST_GROUPED)):
-        for dtype, classes, temperature in modes:
+
+def _run_tables(recorder: Recorder) -> None:
+    _run_sizes(recorder, {16: [_FEW_CLASSES]}, [_FEW_CLASSES, _MORE_CLASSES])
+
+
+def _run_modes(recorder: Recorder) -> None:
+    _, eight, twelve, low, half = _OTHER_MODES
+    _run_sizes(recorder, {16: [eight, low], 128: [twelve, half]}, _OTHER_MODES)
+
+
+def _run_sizes(recorder: Recorder, of_small: dict[int, list[_Mode]], modes: list[_Mode]) -> None:
+    """Small calls, few tiles, many and groups, at all widths that they serve, and several at once."""
+    from contrastseg_fast.functional import pdcr_loss
+
+    for batch, count in ((1, 16), (1, 128), (1, 512), (8, 1024), (1, 16384)):  # the last with groups
+        for dtype, classes, temperature in of_small.get(count, modes):
             size = f"{batch} x {count} vectors, {classes} classes, temperature {temperature}, {dtype}"
             for width in (32, 64, 128, 256):
                 recorder.call = Call("tables", f"{width} channels, {size}")
                 vectors = torch.zeros(batch, count, width, dtype=dtype, requires_grad=True)
                 loss = pdcr_loss(vectors, torch.zeros(batch, count, classes), temperature=temperature)
                 torch.autograd.grad(loss, vectors)
-            recorder.call = Call("tables", f"three layers, {size}")
-            _three_layers(batch, count, classes, temperature, dtype)
+            if count != 128:
+                recorder.call = Call("tables", f"three layers, {size}")
+                layout = torch.channels_last if count == 16 else torch.contiguous_format
+                _three_layers(batch, count, classes, temperature, dtype, layout)
 
 
-def _three_layers(batch: int, count: int, classes: int, temperature: float, dtype: torch.dtype) -> None:
+def _three_layers(
+    batch: int,
+    count: int,
+    classes: int,
+    temperature: float,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
     """A loss of vectors of three widths, and its gradient."""
     from contrastseg_fast import PDCRLoss, ReceptiveField
 
     shape = math.isqrt(count), math.isqrt(count)
     maps = [
-        torch.zeros(batch, channels, *shape, dtype=dtype, requires_grad=True) for channels in (64, 128, 256)
+        torch.zeros(batch, channels, *shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        for channels in (64, 128, 256)
     ]
     field = ReceptiveField((1, 1), (1, 1), (0, 0))
     pdcr = PDCRLoss([field] * 3, classes, num_samples=count, temperature=temperature)
@@ -428,6 +453,7 @@ def _whole_call() -> Callable[[], object]:
 
 
 CALLS: dict[str, Callable[[], Callable[[], object]]] = {
+    "pdcr_loss, N=128, C=64, bf16": lambda: _pair_loss(1, 128, 64, torch.bfloat16),
     "pdcr_loss, N=1024, C=256, bf16": lambda: _pair_loss(1, 1024, 256, torch.bfloat16),
     "pdcr_loss, N=16384, C=256, bf16": lambda: _pair_loss(1, 16384, 256, torch.bfloat16),
     "pdcr_loss, N=1024, C=256, fp32": lambda: _pair_loss(1, 1024, 256, torch.float32),
@@ -451,7 +477,13 @@ def _run_counts(recorder: Recorder) -> None:
         recorder.counts[name] = Count(dict(recorder.launches), dict(aten.calls))
 
 
-_RUNS = {"tables": _run_tables, "tests": _run_tests, "benchmarks": _run_benchmarks, "counts": _run_counts}
+_RUNS = {
+    "tables": _run_tables,
+    "modes": _run_modes,
+    "tests": _run_tests,
+    "benchmarks": _run_benchmarks,
+    "counts": _run_counts,
+}
 
 
 def main(capability: int, out: Path, sources: list[str]) -> None:

@@ -20,12 +20,14 @@ EVERYTHING = os.environ.get("CONTRASTSEG_FAST_AOT") == "all"
 KERNELS = (
     *("pdcr_rows_kernel", "pdcr_fwd_kernel", "pdcr_loss_kernel", "pdcr_bwd_kernel", "pdcr_grad_kernel"),
     *("pdcr_groups_kernel", "pdcr_bwd_groups_kernel", "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"),
+    *("pdcr_small_fwd_kernel", "pdcr_small_bwd_kernel"),
     *("gather_kernel", "locate_kernel", "gather_bwd_kernel"),
     *("patch_ratio_kernel", "segment_sum_kernel", "fixed_point_kernel"),
     *("entropy_gate_fwd_kernel", "entropy_gate_bwd_kernel"),
 )
 FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel", "pdcr_bwd_groups_kernel")
-READ = (*FUSED, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
+SMALL = ("pdcr_small_fwd_kernel", "pdcr_small_bwd_kernel")
+READ = (*FUSED, *SMALL, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
 # stored and loaded once, and allowing the first 128 registers removes the stack.
@@ -33,13 +35,19 @@ STACKS = {
     "patch_ratio_kernel": 40,
     "segment_sum_kernel": 80,  # of soft and strided labels, 64 words a thread
     "pdcr_fwd_kernel": 24,  # of five to eight classes
-    "pdcr_bwd_groups_kernel": 32,  # of 128 channels: between row tiles, not between column tiles
+    "pdcr_bwd_groups_kernel": 48,  # of 128 channels: between row tiles, not between column tiles
     "pdcr_loss_kernel": 16,  # of 32 and 64 channels, with grouped rows
     "pdcr_fwd_slab_kernel": 16,  # of five classes, fp32
     "entropy_gate_bwd_kernel": 16,  # of five to eight classes, bf16
 }
-# Of many classes, in calls of three widths.
-STACKS_OF_CARDS = {(100, "pdcr_fwd_kernel"): 104, (80, "pdcr_bwd_kernel"): 8}
+# Of many classes, in calls of three widths; of grouped rows of 256 channels, nearly all once a row tile.
+STACKS_OF_CARDS = {
+    (100, "pdcr_fwd_kernel"): 104,
+    (80, "pdcr_bwd_kernel"): 8,
+    (80, "pdcr_small_fwd_kernel"): 8,  # of 32 channels
+    (100, "pdcr_small_bwd_kernel"): 8,  # of 64 channels
+    (100, "pdcr_bwd_groups_kernel"): 160,
+}
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     # Triton 3.6 spills where 3.9 does not: a few slabs of fp32; and more of the sums.
     STACKS |= {"pdcr_pairs_kernel": 8, "segment_sum_kernel": 176}
@@ -49,6 +57,7 @@ COPY = r"LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128"
 # Launches of `CALLS`: Triton kernels, and ATen calls that launch. The goal is at most 8 in all for a
 # `pdcr_loss` and its gradient, and at most 25 for a whole call of `PDCRLoss` and its gradients.
 LAUNCHES = {
+    "pdcr_loss, N=128, C=64, bf16": (2, 1),
     "pdcr_loss, N=1024, C=256, bf16": (4, 1),
     "pdcr_loss, N=16384, C=256, bf16": (6, 1),
     "pdcr_loss, N=1024, C=256, fp32": (5, 2),
@@ -146,6 +155,20 @@ def test_fused_kernels_multiply_on_tensor_cores_and_copy_ahead(capability: int, 
     assert_none(failed, capability)
 
 
+@pytest.mark.parametrize("kernel", SMALL)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_kernels_of_small_calls_multiply_on_tensor_cores_and_read_words(capability: int, kernel: str) -> None:
+    """Row tiles are too low for the newest instructions. Packed rows arrive ahead of their products."""
+    failed = []
+    loads = COPY if kernel == "pdcr_small_bwd_kernel" else r"LDG\.E\.128"
+    for variant, result in variants(capability, kernel).items():
+        if not result.count(rf"HMMA|{MATRIX_INSTRUCTION[capability]}"):
+            failed.append((variant, "no products on tensor cores"))
+        if not result.count(loads) or result.count(r"LDG\.E\.U16"):
+            failed.append((variant, "loads of fewer than 16 bytes"))
+    assert_none(failed, capability)
+
+
 @pytest.mark.parametrize("kernel", ["pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"])
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_slabs_are_read_in_words_of_16_bytes(capability: int, kernel: str) -> None:
@@ -213,6 +236,18 @@ def test_every_entry_of_the_launch_tables_is_compiled(capability: int) -> None:
                 entry = by_width[min(each for each in by_width if each >= width)]
                 assert {(fewest, (width,), launch) for launch in entry} <= launched
             assert {(fewest, (64, 128, 256), launch) for launch in by_width[256]} <= launched
+    for small, kernel in zip((plan.SMALL_FORWARD, plan.SMALL_BACKWARD), SMALL, strict=True):
+        launched = {
+            (
+                each.constant("WIDTHS"),
+                Launch(*(each.constant(name) for name in ("BLOCK_I", "BLOCK_J")),
+                       *(each.option(name) for name in ("num_warps", "num_stages"))),
+            )
+            for each in variants(capability, kernel)
+        }  # fmt: skip
+        for width in widths:
+            assert ((width,), small[min(each for each in small if each >= width)]) in launched
+        assert ((64, 128, 256), small[256]) in launched
 
 
 def takes_fewest_registers(variant: Variant) -> bool:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.model import CLOCK, MEASURED, MEASURED_KERNELS, NOW, PROCESSORS, best_launch, predict
+from benchmarks.model import (
+    CLOCK,
+    MEASURED,
+    MEASURED_KERNELS,
+    NOW,
+    PROCESSORS,
+    best_launch,
+    predict,
+    predict_small,
+)
 
 SIZES = [(batch, count) for batch in (1, 8) for count in (128, 1024, 16384)]
 DIRECTIONS = ("forward", "backward")
@@ -61,3 +70,16 @@ def test_columns_are_split_where_row_tiles_are_few_and_only_there():
     assert best_launch(1, 1024, 256, 2, "backward").microseconds < 0.6 * (
         best_launch(1, 1024, 256, 2, "backward", NOW._replace(splits=(1,))).microseconds
     )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_small_calls_are_those_that_one_kernel_is_faster_for(width, batch):
+    plan = pytest.importorskip("contrastseg_fast.kernels.pdcr.plan")
+    for count in (32, 64, 128, plan.MOST_SMALL):
+        size = (batch, count, width, 2)
+        assert predict_small(*size, "backward") < predict(*size, "backward")
+        if count * max(width, 64) <= plan.MOST_PACKED:
+            assert predict_small(*size, "forward") < predict(*size, "forward")
+        elif count * width > 2 * plan.MOST_PACKED:
+            assert predict_small(*size, "forward") > predict(*size, "forward")

@@ -26,7 +26,7 @@ if _backend.interpreting():
     from contrastseg_fast.kernels import pdcr as kernels
     from contrastseg_fast.kernels._tuning import Launch
     from contrastseg_fast.kernels.pdcr import layout, plan
-    from contrastseg_fast.kernels.pdcr.rows import pack
+    from contrastseg_fast.kernels.pdcr.rows import new_packed, pack
 
 MIXED, LEFT_OUT = NUM_GROUPS - 2, NUM_GROUPS - 1
 COLD = PAPER._replace(temperature=0.004)
@@ -96,7 +96,8 @@ def test_rows_lie_by_groups_in_the_order_of_vectors(case):
     vectors = torch.arange(1.0, 1 + batch * count).view(batch, count, 1).repeat(1, 1, 8).bfloat16()
     call = pdcr._call(vectors, ratios.stride(0), ratios.shape[2], affinity)
     inputs = kernels.Inputs((vectors,), ratios, ratios.stride()[1:], valid)
-    packed, scratch, _ = pack(call, inputs, kernels._terms(call, affinity, torch.bfloat16))
+    packed = new_packed(call, inputs.sources[0])
+    scratch, _ = pack(call, inputs, packed, kernels._terms(call, affinity, torch.bfloat16))
     assert call.grouped
     assert (packed.rows.numel(), packed.floats.numel()) == call.saved_sizes()
     for image, record in enumerate(layout.lay_out(call, plan.ROWS).images):

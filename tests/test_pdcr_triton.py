@@ -38,6 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreting takes long for every program, however little it does."""
+    monkeypatch.setattr(plan, "MOST_SMALL", 0)  # which test_pdcr_small_triton.py is for
     monkeypatch.setattr(plan, "ROWS", plan.RowLaunch(1 << 13, 128, 4))
     monkeypatch.setattr(plan, "LOSS_BLOCK", 128)
 

@@ -34,7 +34,7 @@ class Table:
         """
         copy = self._copies.get(device)
         if copy is None:
-            copy = self._copies.setdefault(device, _copied(self.numbers.reshape(-1), device))
+            copy = self._copies.setdefault(device, copied(self.numbers.reshape(-1), device))
         if copy.is_cuda and torch.cuda.is_current_stream_capturing():
             _captured[id(copy)] = copy
         return copy
@@ -43,7 +43,8 @@ class Table:
 _captured: dict[int, Tensor] = {}  # what graphs were captured with
 
 
-def _copied(numbers: np.ndarray, device: torch.device) -> Tensor:
+def copied(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """A new int64 tensor of these numbers, that all streams may read."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a table of integers would have to be copied to the device while a graph is captured: "

@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYERS = ((24, 2, 7), (40, 4, 15), (40, 4, 31))  # channels, stride, receptive field
 SCALE = 1000.0  # of incoming gradients: keeps those of 16-bit maps among the normal numbers
 IGNORED = 255
-MOST_LAUNCHES = {"call": 9, "loss": 6}  # forward and backward, in 16 bits
+MOST_LAUNCHES = {"call": 9, "loss": 6, "small loss": 4}  # forward and backward, in 16 bits
 EVERYTHING: dict[str, Any] = {"patch_sizes": (3, 9), "cross_layers": [(1, 2)], "pairs": "batch"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "random places": {"sampler": "random"},
@@ -192,6 +192,58 @@ def test_a_backward_pass_gives_equal_bits_without_asking(
     assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
+SMALL_SIZES = [(1, 17, 64), (1, 128, 64), (3, 100, 33), (8, 256, 128), (2, 256, 256)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("batch", "count", "channels"), SMALL_SIZES)
+def test_small_calls_give_equal_bits_without_asking(
+    device, triton: str, fit: Fit, batch: int, count: int, channels: int, reduction: str, dtype
+) -> None:
+    """One program has all sums of a row; the last program adds those of others in one order."""
+    count, channels = fit(count, min(count, 40)), fit(channels, 33)
+    vectors = random_vectors(device, batch, count, channels, dtype=dtype).requires_grad_()
+    ratios = random_ratios(device, batch, count, 2)
+
+    def run() -> list[Tensor]:
+        loss = pdcr_loss(vectors, ratios, reduction=reduction, backend=triton)
+        return [loss.detach(), *torch.autograd.grad(SCALE * loss.sum(), vectors)]
+
+    first = run()
+    assert all(value.any() for value in first)
+    for _ in range(fit(20, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_small_calls_on_many_streams_and_in_graphs_at_once(cuda, triton: str) -> None:
+    """Every kernel finds its last program by a counter that no other kernel counts at the same time."""
+    vectors = random_vectors(cuda, 8, 256, 64, dtype=torch.bfloat16)
+    ratios = random_ratios(cuda, 8, 256, 2)
+
+    def run() -> Tensor:
+        return pdcr_loss(vectors, ratios, backend=triton)
+
+    expected = run()
+    torch.cuda.synchronize()
+    graphs, captured = [torch.cuda.CUDAGraph() for _ in range(3)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            captured.append([run() for _ in range(20)])
+    streams = [torch.cuda.Stream() for _ in range(6)]
+    results: list[Tensor] = []
+    for _ in range(10):
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if number < len(graphs):
+                    graphs[number].replay()
+                else:
+                    results += [run() for _ in range(20)]
+    torch.cuda.synchronize()
+    for result in (*results, *(each for of_graph in captured for each in of_graph)):
+        assert torch.equal(result, expected)
+
+
 class Operators(TorchDispatchMode):
     """The operators of this package that are called, in order; not those that they call.
 
@@ -229,15 +281,16 @@ def test_launches_of_a_call(cuda, triton: str, extents, options: dict[str, Any])
     assert device_timing.launches(run) <= MOST_LAUNCHES["call"]
 
 
-def test_launches_of_a_loss(cuda, triton: str) -> None:
-    vectors = random_vectors(cuda, 2, 500, 64, dtype=torch.bfloat16).requires_grad_()
-    ratios = random_ratios(cuda, 2, 500, 2)
+@pytest.mark.parametrize(("count", "name"), [(500, "loss"), (128, "small loss")])
+def test_launches_of_a_loss(cuda, triton: str, count: int, name: str) -> None:
+    vectors = random_vectors(cuda, 2, count, 64, dtype=torch.bfloat16).requires_grad_()
+    ratios = random_ratios(cuda, 2, count, 2)
 
     def run() -> tuple[Tensor, ...]:
         return torch.autograd.grad(pdcr_loss(vectors, ratios, backend=triton), vectors)
 
     run()
-    assert device_timing.launches(run) <= MOST_LAUNCHES["loss"]
+    assert device_timing.launches(run) <= MOST_LAUNCHES[name]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,10 +23,10 @@ results.
 A call has any number of problems (problems.py), which share every launch: rows are packed, taken out of maps
 where these are given (rows.py); tiles of pairs are summed, and an image's last program computes its loss
 (forward.py, loss.py); tiles of pairs are multiplied, where several programs share the columns of a row tile
-and write one part of g each (backward.py); and the parts are added up to gradients (gradient.py). Tables on
-the device tell every program its part of the work (layout.py). Of images with many vectors and exponents
-proportional to d, the fused kernels group rows by equal ratios, and skip the pairs within a group
-(groups.py).
+and write one part of g each (backward.py); and the parts are added up to gradients (gradient.py). Calls of
+few vectors take one kernel forward and one backward instead (small.py). Tables on the device tell every
+program its part of the work (layout.py). Of images with many vectors and exponents proportional to d, the
+fused kernels group rows by equal ratios, and skip the pairs within a group (groups.py).
 
 Tensor cores truncate where fp32 units round, so products of 16-bit vectors come out too small, by up to C
 2^-27 for parallel vectors. The gradient's own rounding is larger than that; the loss shows it at low
@@ -52,7 +52,8 @@ from contrastseg_fast.kernels.pdcr.backward import multiply_pairs
 from contrastseg_fast.kernels.pdcr.forward import sum_pairs
 from contrastseg_fast.kernels.pdcr.gradient import write_gradients
 from contrastseg_fast.kernels.pdcr.loss import new_losses
-from contrastseg_fast.kernels.pdcr.rows import Inputs, Packed, pack
+from contrastseg_fast.kernels.pdcr.rows import Inputs, Packed, new_packed, pack
+from contrastseg_fast.kernels.pdcr.small import differentiate_small, sum_small
 from contrastseg_fast.problems import Call
 
 __all__ = ["Inputs", "Packed", "backward", "forward"]
@@ -75,9 +76,13 @@ def forward(call: Call, inputs: Inputs, affinity: Affinity, reduction: str) -> t
     terms = _terms(call, affinity, inputs.sources[0].dtype)
     symmetric = terms.bounded and not torch.are_deterministic_algorithms_enabled()
     with on(inputs.ratios), torch.autocast(inputs.ratios.device.type, enabled=False):
-        packed, scratch, partials = pack(call, inputs, terms)
+        packed = new_packed(call, inputs.sources[0])
         losses = new_losses(call, packed, terms, symmetric, reduction)
-        sum_pairs(call, packed, scratch, partials, losses, terms, symmetric)
+        if plan.is_small_forward(call):
+            sum_small(call, inputs, packed, losses, terms)
+        else:
+            scratch, partials = pack(call, inputs, packed, terms)
+            sum_pairs(call, packed, scratch, partials, losses, terms, symmetric)
     return losses.loss, losses.log_z, packed
 
 
@@ -88,5 +93,8 @@ def backward(
     """Fill the gradients `(B, N, C)` of the vectors of every source, from that of the loss of `forward`."""
     terms = _terms(call, affinity, packed.rows.dtype)
     with on(log_z), torch.autocast(log_z.device.type, enabled=False):
-        sums = multiply_pairs(call, packed, log_z, terms)
-        write_gradients(call, packed, sums, terms, grad, outs)
+        if plan.is_small(call):
+            differentiate_small(call, packed, log_z, terms, grad, outs)
+        else:
+            sums = multiply_pairs(call, packed, log_z, terms)
+            write_gradients(call, packed, sums, terms, grad, outs)

@@ -102,13 +102,12 @@ def _pair_weight(
 
 
 @triton.jit
-def _multiply_row_tile(
+def multiply_row_tile(
     rows_ptr,
     scale_ptr,
     phi_ptr,
     log_z_ptr,
     stats_ptr,
-    g_ptr,
     tile,
     start,  # column tiles, counted without those that are skipped
     stop,
@@ -133,7 +132,7 @@ def _multiply_row_tile(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One part of g of a row tile, from some column tiles."""
+    """One part of g of a row tile from some column tiles; also the rows of the row tile and their scales."""
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     rows_i = load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
@@ -163,8 +162,14 @@ def _multiply_row_tile(
             BOUNDED,
         )
         g = dot_add(narrow(weight, rows_ptr.dtype.element_ty), rows_j, g)
-    g_ptrs = g_ptr + tl.arange(0, BLOCK_I)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(g_ptrs, g * scale_i[:, None])
+    return g, rows_i, scale_i
+
+
+@triton.jit
+def _store_part(g_ptr, g, scale):
+    """Stores a part of g [BLOCK_I, WIDTH], times the scales of its rows."""
+    offsets = tl.arange(0, g.shape[0])[:, None] * g.shape[1] + tl.arange(0, g.shape[1])[None, :]
+    tl.store(g_ptr + offsets, g * scale[:, None])
 
 
 @triton.jit(do_not_specialize=["num_classes"])
@@ -199,13 +204,12 @@ def pdcr_bwd_kernel(
     rows_ptr += tl.multiple_of(tl.load(record_ptr + ROWS), 64)
     for number in tl.static_range(len(WIDTHS)):
         if width_number == number:
-            _multiply_row_tile(
+            g, _, scale = multiply_row_tile(
                 rows_ptr,
                 floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64),
                 floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
                 log_z_ptr + tl.load(record_ptr + LOG_Z),
                 floats_ptr + tl.load(record_ptr + STATS),
-                g_ptr + tl.multiple_of(tl.load(item_ptr + TILE_OUT), 64),
                 tl.load(item_ptr + TILE_ROW_TILE).to(tl.int32),
                 tl.load(item_ptr + TILE_START).to(tl.int32),
                 tl.load(item_ptr + TILE_STOP).to(tl.int32),
@@ -230,6 +234,76 @@ def pdcr_bwd_kernel(
                 BLOCK_I,
                 BLOCK_J,
             )
+            _store_part(g_ptr + tl.multiple_of(tl.load(item_ptr + TILE_OUT), 64), g, scale)
+
+
+@triton.jit
+def _multiply_share(
+    item_ptr,
+    record_ptr,
+    rows_ptr,
+    floats_ptr,
+    g_ptr,
+    num_classes,
+    bias,
+    slope,
+    shift,
+    unequal,
+    pull,
+    offset,
+    log_weight_scale,
+    WIDTH: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MORE_CLASSES: tl.constexpr,
+    CATEGORICAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """The parts of g of all row tiles that a share has steps of.
+
+    Everything is loaded again for every row tile: the products need the registers.
+    """
+    COLUMNS: tl.constexpr = TILE // BLOCK_J  # of a step
+    step = first_step(item_ptr, floats_ptr + tl.load(record_ptr + CORES), BLOCK_I)
+    while step >= 0:
+        cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
+        tile, begin, end, following = next_row_tile(item_ptr, cores_ptr, step, BLOCK_I)
+        skip_first, num_skipped = core_around(cores_ptr, tile * BLOCK_I)
+        part = (tl.load(item_ptr + SHARE_NUMBER) + tile) * (BLOCK_I * WIDTH)
+        g, _, scale = multiply_row_tile(
+            rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64),
+            floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64),
+            floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
+            floats_ptr + tl.load(record_ptr + LOG_Z_OF_ROWS),
+            floats_ptr + tl.load(record_ptr + STATS),
+            tile,
+            (step - begin) * COLUMNS,
+            (end - begin) * COLUMNS,
+            skip_first // BLOCK_J,
+            num_skipped // BLOCK_J,
+            tl.load(record_ptr + PADDED).to(tl.int32),
+            tl.load(record_ptr + COUNT).to(tl.int32),
+            num_classes,
+            bias,
+            slope,
+            shift,
+            unequal,
+            pull,
+            offset,
+            log_weight_scale,
+            WIDTH,
+            CLASSES,
+            MORE_CLASSES,
+            CATEGORICAL,
+            PLAIN,
+            BOUNDED,
+            BLOCK_I,
+            BLOCK_J,
+        )
+        _store_part(g_ptr + tl.multiple_of(tl.load(item_ptr + SHARE_OUT), 64) + part, g, scale)
+        step = following
 
 
 @triton.jit(do_not_specialize=["num_classes"])
@@ -259,51 +333,32 @@ def pdcr_bwd_groups_kernel(
     """As `pdcr_bwd_kernel`, for a share of the steps of an image whose rows are grouped (groups.py)."""
     item_ptr = items_ptr + tl.program_id(0) * SHARE_ITEM
     record_ptr = records_ptr + tl.load(item_ptr + SHARE_IMAGE) * RECORD
-    COLUMNS: tl.constexpr = TILE // BLOCK_J  # of a step
-    step = first_step(item_ptr, floats_ptr + tl.load(record_ptr + CORES), BLOCK_I)
-    while step >= 0:
-        # All is loaded again for every row tile: the products need the registers.
-        width_number = tl.load(item_ptr + SHARE_WIDTH)
-        cores_ptr = floats_ptr + tl.load(record_ptr + CORES)
-        tile, begin, end, following = next_row_tile(item_ptr, cores_ptr, step, BLOCK_I)
-        skip_first, num_skipped = core_around(cores_ptr, tile * BLOCK_I)
-        part = tl.load(item_ptr + SHARE_NUMBER).to(tl.int32) + tile
-        for number in tl.static_range(len(WIDTHS)):
-            if width_number == number:
-                _multiply_row_tile(
-                    rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64),
-                    floats_ptr + tl.multiple_of(tl.load(record_ptr + SCALE), 64),
-                    floats_ptr + tl.multiple_of(tl.load(record_ptr + PHI), 64),
-                    floats_ptr + tl.load(record_ptr + LOG_Z_OF_ROWS),
-                    floats_ptr + tl.load(record_ptr + STATS),
-                    g_ptr
-                    + tl.multiple_of(tl.load(item_ptr + SHARE_OUT), 64)
-                    + part.to(tl.int64) * (BLOCK_I * WIDTHS[number]),
-                    tile,
-                    (step - begin) * COLUMNS,
-                    (end - begin) * COLUMNS,
-                    skip_first // BLOCK_J,
-                    num_skipped // BLOCK_J,
-                    tl.load(record_ptr + PADDED).to(tl.int32),
-                    tl.load(record_ptr + COUNT).to(tl.int32),
-                    num_classes,
-                    bias,
-                    slope,
-                    shift,
-                    unequal,
-                    pull,
-                    offset,
-                    log_weight_scale,
-                    WIDTHS[number],
-                    CLASSES,
-                    MORE_CLASSES,
-                    CATEGORICAL,
-                    PLAIN,
-                    BOUNDED,
-                    BLOCK_I,
-                    BLOCK_J,
-                )
-        step = following
+    width_number = tl.load(item_ptr + SHARE_WIDTH)
+    for number in tl.static_range(len(WIDTHS)):
+        if width_number == number:
+            _multiply_share(
+                item_ptr,
+                record_ptr,
+                rows_ptr,
+                floats_ptr,
+                g_ptr,
+                num_classes,
+                bias,
+                slope,
+                shift,
+                unequal,
+                pull,
+                offset,
+                log_weight_scale,
+                WIDTHS[number],
+                CLASSES,
+                MORE_CLASSES,
+                CATEGORICAL,
+                PLAIN,
+                BOUNDED,
+                BLOCK_I,
+                BLOCK_J,
+            )
 
 
 def _multiply_groups(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> PairSums:

@@ -72,7 +72,7 @@ def _add_pairs(
 
 
 @triton.jit
-def _add_pairs_in_order(
+def add_pairs_in_order(
     product,  # [BLOCK_I, BLOCK_J]
     distance,
     scale_i,
@@ -182,7 +182,7 @@ def _sum_row_tile(
             distance = distances(
                 phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL
             )
-            total, highest, attraction = _add_pairs_in_order(
+            total, highest, attraction = add_pairs_in_order(
                 product, distance, scale_i, scale_j, total, highest, attraction, bias, slope, shift, PLAIN
             )
     if SYMMETRIC:

@@ -42,6 +42,21 @@ from contrastseg_fast.problems import Call
 
 
 @triton.jit
+def gradient_factor(record_ptr, floats_ptr, grad_ptr, grad_stride, inverse_temperature):
+    """What the gradients of an image's vectors are multiplied by, from that of the loss."""
+    grad = tl.load(grad_ptr + tl.load(record_ptr + LOSS) * grad_stride).to(tl.float32)
+    return grad * inverse_temperature * tl.load(floats_ptr + tl.load(record_ptr + STATS) + 1)
+
+
+@triton.jit
+def projected_gradient(g, unit, unit_sum, separate_bias, factor, inverse_length):
+    """The gradients of vectors from g: the part along u is removed, the rest is divided by |v|."""
+    g = g - 2 * separate_bias * unit_sum[None, :]
+    along = tl.sum(g * unit, 1)
+    return (g - along[:, None] * unit) * factor * inverse_length[:, None]
+
+
+@triton.jit
 def _gradient(
     record_ptr,
     span_ptr,
@@ -95,11 +110,8 @@ def _gradient(
             g += tl.load(part_ptr + offsets, mask, 0.0)
             part_ptr += part_size
         g = g * undo[:, None]
-    g -= 2 * separate_bias * unit_sum[None, :]
-    along = tl.sum(g * unit, 1)
-    grad = tl.load(grad_ptr + tl.load(record_ptr + LOSS) * grad_stride).to(tl.float32)
-    factor = grad * inverse_temperature * tl.load(floats_ptr + tl.load(record_ptr + STATS) + 1)
-    return (g - along[:, None] * unit) * factor * inverse_length[:, None]
+    factor = gradient_factor(record_ptr, floats_ptr, grad_ptr, grad_stride, inverse_temperature)
+    return projected_gradient(g, unit, unit_sum, separate_bias, factor, inverse_length)
 
 
 @triton.jit(do_not_specialize=["grad_stride"])

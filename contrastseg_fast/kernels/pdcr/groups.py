@@ -40,6 +40,7 @@ from contrastseg_fast.kernels.pdcr.layout import (
     SHARE_NUMBER,
     SHARE_SHARES,
 )
+from contrastseg_fast.kernels.pdcr.tiles import are_valid
 from contrastseg_fast.problems import NUM_GROUPS, PADDING
 
 GROUPS = tl.constexpr(NUM_GROUPS)
@@ -58,14 +59,8 @@ def load_vector_numbers(item_ptr, valid_ptr, least_valid, BLOCK_N: tl.constexpr)
     step = tl.arange(0, BLOCK_N)
     in_image = step < tl.load(item_ptr + ROW_NUMBER)  # [BLOCK_N]
     n = tl.load(item_ptr + ROW_VECTOR) + step
-    included = in_image & (n < tl.load(item_ptr + ROW_VECTORS))
-    if valid_ptr is not None:
-        valid = tl.load(valid_ptr + tl.load(item_ptr + ROW_VALID) + n, included, 0)
-        if valid_ptr.dtype.element_ty == tl.float32:
-            included = included & (valid >= least_valid)
-        else:
-            included = included & (valid != 0)
-    return in_image, n, included
+    inside = in_image & (n < tl.load(item_ptr + ROW_VECTORS))
+    return in_image, n, are_valid(valid_ptr, tl.load(item_ptr + ROW_VALID), n, inside, least_valid)
 
 
 @triton.jit

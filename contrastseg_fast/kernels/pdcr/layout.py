@@ -51,8 +51,7 @@ class Record(NamedTuple):
     # In partials:
     partial: int  # (parts, 3): sums of log Z, of weighted similarities, of valid vectors
     counter: int  # of programs that are through with the image
-    result: int  # the image's loss
-    loss: int  # the image's element of the loss, and of its gradient
+    loss: int  # the image's number, also of its element of the loss and of the loss's gradient
 
 
 def _fields(record: type[NamedTuple]) -> list[tl.constexpr]:
@@ -64,7 +63,7 @@ RECORD = tl.constexpr(len(Record._fields))
 (
     PADDED, COUNT, WIDTH, ROWS, SCALE, INVERSE_LENGTH, PHI, UNIT_SUM, STATS, ROWS_OF_VECTORS, CORES,
     GROUP_SUMS, LOG_Z_OF_ROWS, KEYS, HISTOGRAMS, GROUP_BLOCKS, Z, SUMS, VALID, BLOCKS, PART_SUMS, LOG_Z,
-    PARTS, PARTIAL, COUNTER, RESULT, LOSS,
+    PARTS, PARTIAL, COUNTER, LOSS,
 ) = _fields(Record)  # fmt: skip
 
 
@@ -92,7 +91,7 @@ SOURCE = tl.constexpr(len(SourceRecord._fields))
 
 
 class RowItem(NamedTuple):
-    """Some rows of an image, which one program packs."""
+    """Some rows of an image, which one program packs, or takes all pairs of."""
 
     image: int  # its record
     source: int
@@ -103,7 +102,7 @@ class RowItem(NamedTuple):
     ratios: int  # where those of the source's image begin
     valid: int
     num_vectors: int  # of the source: rows beyond are padding
-    sums: int  # where the program's sums go
+    sums: int  # where the sums go of a program that packs
     valid_sum: int
     group_block: int  # its block of keys, if rows are grouped
 
@@ -179,7 +178,7 @@ class Sizes(NamedTuple):
     floats: int
     log_z: int
     scratch: int  # fp32, of the forward pass alone
-    partials: int  # fp64, of the forward pass alone; its counters come first
+    partials: int  # fp64, of the forward pass alone: counters, losses of images, sums of their parts
     keys: int  # int32, of the forward pass alone
     counters: int
     losses: int
@@ -276,7 +275,6 @@ def lay_out(call: Call, launch: plan.RowLaunch) -> Layout:
                     parts=num_parts,
                     partial=first_partial + num_images + 3 * parts,
                     counter=1 + index,
-                    result=first_partial + index,
                     loss=index,
                 )
             )
@@ -346,6 +344,18 @@ def _row_blocks(call: Call, number: int, rows_at_once: int, group_n: int) -> lis
             group_blocks[of_problem] += -(-(stop - first_row) // group_n)
         row += source.num_vectors
     return blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def small_items(call: Call, block_i: int) -> Table:
+    """Items of the kernels of small calls, each a row tile of an image, the last ones without vectors."""
+    items = []
+    first_image = 0
+    for number, problem in enumerate(call.problems):
+        for image, blocks in enumerate(_row_blocks(call, number, block_i, block_i), first_image):
+            items += [item._replace(image=image) for item in blocks]
+        first_image += call.images(problem)
+    return Table(items)
 
 
 def _column_chunks(

@@ -26,11 +26,11 @@ from contrastseg_fast.kernels.pdcr.layout import (
     LOG_Z_OF_ROWS,
     LOSS,
     LOSS_ITEM,
+    PADDED,
     PART_SUMS,
     PARTIAL,
     PARTS,
     RECORD,
-    RESULT,
     ROWS,
     ROWS_OF_VECTORS,
     SCALE,
@@ -50,10 +50,10 @@ _PARTS_AT_ONCE = tl.constexpr(32)
 
 
 @triton.jit
-def _count(counter_ptr):
+def count_program(counter_ptr):
     """Counts a program that has stored its results; returns how many were counted before it."""
     tl.debug_barrier()  # all threads have stored before one of them counts
-    return tl.atomic_add(counter_ptr, 1.0)
+    return tl.atomic_add(counter_ptr, 1)
 
 
 @triton.jit
@@ -159,12 +159,20 @@ def _sum_cores(cores_ptr, part_sums_ptr, parts, width, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def loss_of_sums(n, log_z, attraction, square, inverse_temperature, num_bias, attraction_scale, shift):
+    """The loss of an image in fp64, from its sums of log Z and weighted similarities, and |S|^2."""
+    weights = num_bias * (square - shift * n * n) + attraction_scale * attraction
+    return tl.where(n > 0, (n * log_z - inverse_temperature * weights) / tl.maximum(n * n, 1.0), 0.0)
+
+
+@triton.jit
 def _finish_image(
     record_ptr,
     floats_ptr,
     scratch_ptr,
     partials_ptr,
     loss_ptr,
+    num_images,
     inverse_temperature,
     num_bias,
     attraction_scale,
@@ -201,31 +209,44 @@ def _finish_image(
     tl.store(floats_ptr + tl.load(record_ptr + UNIT_SUM) + c, unit_sum, c < width)
     n = tl.sum(valid, 0)
     square = tl.sum(unit_sum.to(tl.float64) * unit_sum.to(tl.float64), 0)
-    weights = num_bias * (square - shift * n * n) + attraction_scale * tl.sum(attraction, 0)
-    pairs = tl.maximum(n * n, 1.0)
-    loss = tl.where(n > 0, (n * tl.sum(total, 0) - inverse_temperature * weights) / pairs, 0.0)
+    loss = loss_of_sums(
+        n,
+        tl.sum(total, 0),
+        tl.sum(attraction, 0),
+        square,
+        inverse_temperature,
+        num_bias,
+        attraction_scale,
+        shift,
+    )
     stats_ptr = floats_ptr + tl.load(record_ptr + STATS)
     tl.store(stats_ptr, n.to(tl.float32))
     if REDUCTION == "none":
-        tl.store(stats_ptr + 1, (1 / pairs).to(tl.float32))
+        tl.store(stats_ptr + 1, (1 / tl.maximum(n * n, 1.0)).to(tl.float32))
         tl.store(loss_ptr + tl.load(record_ptr + LOSS), loss.to(tl.float32))
     else:
-        tl.store(partials_ptr + tl.load(record_ptr + RESULT), loss)
+        tl.store(partials_ptr + 1 + num_images + tl.load(record_ptr + LOSS), loss)
 
 
 @triton.jit
-def _reduce(
+def reduce_images(
     records_ptr,
     problems_ptr,
     floats_ptr,
-    partials_ptr,
+    results_ptr,  # (images, PARTS), fp64
     loss_ptr,
     num_problems,
     REDUCTION: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two
+    PART_ROWS: tl.constexpr,  # rows of an image for every part that it has
     BLOCK: tl.constexpr,
 ):
-    """One loss from those of all images, averaged over problems, and the weights of images in it."""
+    """One loss from the parts of those of all images, averaged over problems; or that of every image.
+
+    Also the weights of images in it.
+    """
     total = tl.zeros([BLOCK], tl.float64)
+    part = tl.arange(0, PARTS)[None, :]
     for problem in range(num_problems):
         begin = tl.load(problems_ptr + 2 * problem)
         end = tl.load(problems_ptr + 2 * problem + 1)
@@ -235,24 +256,34 @@ def _reduce(
             image = first + tl.arange(0, BLOCK)
             record_ptrs = records_ptr + image * RECORD
             inside = image < end
-            result = tl.load(record_ptrs + RESULT, inside, 0)
-            loss = tl.load(partials_ptr + result, inside, 0.0, cache_modifier=".cg")
+            has_part = part * PART_ROWS < tl.load(record_ptrs + PADDED, inside, 0)[:, None]
+            parts = tl.load(results_ptr + image[:, None] * PARTS + part, has_part, 0.0, cache_modifier=".cg")
+            loss = tl.sum(parts, 1)
             n = tl.load(
                 floats_ptr + tl.load(record_ptrs + STATS, inside, 0), inside, 0.0, cache_modifier=".cg"
             )
             n = n.to(tl.float64)
             with_vectors += tl.where(n > 0, 1.0, 0.0)
-            of_problem += loss if REDUCTION == "mean" else loss * n * n
+            of_problem += loss * n * n if REDUCTION == "sum" else loss
+            if REDUCTION == "none":
+                tl.store(loss_ptr + image, loss.to(tl.float32), inside)
         divisor = (tl.maximum(tl.sum(with_vectors, 0), 1.0) if REDUCTION == "mean" else 1.0) * num_problems
         for first in range(begin, end, BLOCK):
             image = first + tl.arange(0, BLOCK)
             inside = image < end
             stats_ptrs = floats_ptr + tl.load(records_ptr + image * RECORD + STATS, inside, 0)
             n = tl.load(stats_ptrs, inside, 0.0, cache_modifier=".cg").to(tl.float64)
-            weight = 1 / (tl.maximum(n * n, 1.0) * divisor) if REDUCTION == "mean" else 1 / divisor + n * 0
+            pairs = tl.maximum(n * n, 1.0)
+            if REDUCTION == "mean":
+                weight = 1 / (pairs * divisor)
+            elif REDUCTION == "sum":
+                weight = 1 / divisor + n * 0
+            else:
+                weight = 1 / pairs
             tl.store(stats_ptrs + 1, weight.to(tl.float32), inside)
         total += of_problem / divisor
-    tl.store(loss_ptr, tl.sum(total, 0).to(tl.float32))
+    if REDUCTION != "none":
+        tl.store(loss_ptr, tl.sum(total, 0).to(tl.float32))
 
 
 @triton.jit
@@ -282,6 +313,7 @@ def _finish(
         scratch_ptr,
         partials_ptr,
         loss_ptr,
+        num_images,
         inverse_temperature,
         num_bias,
         attraction_scale,
@@ -292,10 +324,19 @@ def _finish(
         BLOCK_C,
     )
     if REDUCTION != "none":
-        finished = _count(partials_ptr)
+        finished = count_program(partials_ptr)
         if finished == num_images - 1:
-            _reduce(
-                records_ptr, problems_ptr, floats_ptr, partials_ptr, loss_ptr, num_problems, REDUCTION, BLOCK
+            reduce_images(
+                records_ptr,
+                problems_ptr,
+                floats_ptr,
+                partials_ptr + 1 + num_images,
+                loss_ptr,
+                num_problems,
+                REDUCTION,
+                1,
+                1,
+                BLOCK,
             )
 
 
@@ -327,7 +368,7 @@ def finish_after_tiles(
     record_ptr = records_ptr + image * RECORD
     begin = tl.load(spans_ptr + 2 * image)
     end = tl.load(spans_ptr + 2 * image + 1)
-    finished = _count(partials_ptr + tl.load(record_ptr + COUNTER))
+    finished = count_program(partials_ptr + tl.load(record_ptr + COUNTER))
     if finished == end - begin - 1:
         for part in range(tl.load(record_ptr + PARTS)):
             _sum_part(
@@ -418,7 +459,7 @@ def pdcr_loss_kernel(
         BLOCK,
         BLOCK_C,
     )
-    finished = _count(partials_ptr + tl.load(record_ptr + COUNTER))
+    finished = count_program(partials_ptr + tl.load(record_ptr + COUNTER))
     if finished == tl.load(record_ptr + PARTS) - 1:
         _finish(
             record_ptr,

@@ -90,6 +90,19 @@ BACKWARD = {
         },
     },
 }
+# Of small calls, by padded channels: a program takes one row tile and all columns of its image.
+SMALL_FORWARD = {64: Launch(32, 128, 8, 1), 128: Launch(32, 64, 8, 1), 256: Launch(32, 32, 8, 1)}
+SMALL_BACKWARD = {
+    32: Launch(32, 64, 4, 2),
+    64: Launch(32, 128, 8, 2),
+    128: Launch(32, 64, 8, 2),
+    256: Launch(32, 32, 16, 2),
+}
+_MOST_SMALL_UNROLLED = 5  # classes, next to vectors or gradients that take most of the registers
+MOST_SMALL = 256  # vectors of an image
+# Vectors of an image times channels, at least 64, which every program of the forward pass packs for its own
+# row tile. Packing more takes longer than one launch that packs them once (benchmarks/model.py).
+MOST_PACKED = 1 << 13
 _FEW_TILES = {"forward": 1.5, "backward": 3.0}  # of 128 x 128, for every processor
 # What tuning tries, for every shape.
 CANDIDATES = [
@@ -203,6 +216,45 @@ def choose_launch(
     classes = min(num_classes, _UNROLLED_CLASSES + 1)
     family = f"pdcr_{direction} {rows.dtype} width {width} classes {classes} {plain=} {logged=} {few=}"
     return tuned(family, entry.few if few else entry.many, CANDIDATES, rows, run)
+
+
+def is_small(call: Call) -> bool:
+    """Whether one kernel takes the whole backward pass of a call: a program owns all pairs of a row tile.
+
+    It owns the gradients of its vectors too, so that each has to belong to one problem.
+    """
+    sources = [segment.source for problem in call.problems for segment in problem.segments]
+    return (
+        call.fused
+        and not call.grouped
+        and not any(problem.merged or len(problem.segments) > 1 for problem in call.problems)
+        and sorted(sources) == list(range(len(call.sources)))
+        and max(map(call.count, call.problems)) <= MOST_SMALL
+    )
+
+
+def is_small_forward(call: Call) -> bool:
+    """Whether one kernel takes the whole forward pass too: where vectors are few, and read in words."""
+    return (
+        is_small(call)
+        and all(source.in_words for source in call.sources)
+        and all(call.count(each) * max(call.width(each), 64) <= MOST_PACKED for each in call.problems)
+    )
+
+
+def small_modes(terms: Terms) -> dict[str, Any]:
+    """The modes of the kernels of small calls."""
+    if terms.modes["CLASSES"] <= _MOST_SMALL_UNROLLED:
+        return terms.modes
+    return {**terms.modes, "CLASSES": 1, "MORE_CLASSES": True}
+
+
+def small_launch(table: dict[int, Launch], call: Call) -> Launch:
+    """The launch of a small call."""
+    widest = max(map(call.width, call.problems))
+    launch = table[min(entry for entry in table if entry >= widest)]
+    most = 128 if max(map(call.count, call.problems)) > 64 else 64
+    return launch._replace(block_j=min(launch.block_j, most))
 
 
 def columns_per_program(direction: str, call: Call, launch: Launch, rows: Tensor) -> int:

@@ -51,7 +51,7 @@ from contrastseg_fast.kernels.pdcr.layout import (
     WIDTH,
     Z,
 )
-from contrastseg_fast.kernels.pdcr.tiles import EXCLUDED
+from contrastseg_fast.kernels.pdcr.tiles import EXCLUDED, load_phi
 from contrastseg_fast.kernels.sample_plan import fits, planned_position
 from contrastseg_fast.problems import Call, Source
 from contrastseg_fast.sample_plan import SamplePlan
@@ -72,6 +72,13 @@ class Inputs(NamedTuple):
     positions: Tensor | None = None  # int64, of the sources that follow no plan
     least_valid: float = 0.0
 
+    @property
+    def valid_bytes(self) -> Tensor | None:
+        """`valid` as the kernels take it."""
+        if self.valid is not None and self.valid.dtype == torch.bool:
+            return self.valid.view(torch.uint8)
+        return self.valid
+
 
 class Packed(NamedTuple):
     """What the forward pass leaves for the backward pass; layout.py says what lies where."""
@@ -81,10 +88,10 @@ class Packed(NamedTuple):
 
 
 @triton.jit
-def _position(source_record_ptr, positions_ptr, n, included, PLACE: tl.constexpr):
+def positions_of(source_record_ptr, positions_ptr, n, included, PLACE: tl.constexpr):
     """Where vectors lie in a source, in int64."""
     if PLACE == DENSE:
-        return n
+        return n.to(tl.int64)
     if PLACE == PLACED:
         return tl.load(positions_ptr + tl.load(source_record_ptr + POSITIONS_AT) + n, included, 0)
     INTEGER: tl.constexpr = tl.int32 if PLACE == PLANNED else tl.int64
@@ -101,8 +108,8 @@ def _position(source_record_ptr, positions_ptr, n, included, PLACE: tl.constexpr
 
 
 @triton.jit
-def _load_vectors(source_ptr, source_record_ptr, image, position, c, included, ORDER: tl.constexpr):
-    """Vectors [BLOCK_N, BLOCK_C] in fp32, read along what are neighbours in memory.
+def load_vectors(source_ptr, source_record_ptr, image, position, c, included, ORDER: tl.constexpr):
+    """Vectors [BLOCK_N, BLOCK_C] as they are, read along what are neighbours in memory.
 
     Each source reads its numbers itself, since `multiple_of` marks an operation: not the caller's.
     """
@@ -112,13 +119,66 @@ def _load_vectors(source_ptr, source_record_ptr, image, position, c, included, O
     if ORDER == BY_POSITION:
         stride_c = tl.load(source_record_ptr + STRIDE_C)
         ptrs = source_ptr + image * stride_b + (c * stride_c)[:, None] + (position * stride_n)[None, :]
-        return tl.trans(tl.load(ptrs, (c < channels)[:, None] & included[None, :], 0).to(tl.float32))
+        return tl.trans(tl.load(ptrs, (c < channels)[:, None] & included[None, :], 0))
     if ORDER == BY_WORD:
         stride_b = tl.multiple_of(stride_b, 16)
         stride_n = tl.multiple_of(stride_n, 16)
         channels = tl.multiple_of(channels, 16)
     ptrs = source_ptr + image * stride_b + (position * stride_n)[:, None] + c[None, :]
-    return tl.load(ptrs, included[:, None] & (c < channels)[None, :], 0).to(tl.float32)
+    return tl.load(ptrs, included[:, None] & (c < channels)[None, :], 0)
+
+
+@triton.jit
+def shorten(v):
+    """`v'' = v 2^-k` with 1 <= |v''| < 2, 1 / |v''| and 1 / |v| of vectors in fp32; 0 for zero vectors."""
+    largest = tl.max(tl.abs(v), 1)
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    shrink = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)  # 2^-k: |entries| < 4
+    v = v * shrink[:, None]
+    square = tl.sum(v * v, 1)
+    half = ((square.to(tl.int32, bitcast=True) >> 23) - 127) >> 1
+    shrink_more = ((127 - half) << 23).to(tl.float32, bitcast=True)  # 1 <= |v''| < 2
+    square *= shrink_more * shrink_more
+    scale = tl.rsqrt(square)
+    scale = tl.where(square > 0, scale * (1.5 - 0.5 * square * scale * scale), 0.0)  # rounded once
+    inverse_length = tl.where(square > 0, scale * (shrink * shrink_more), 0.0)
+    return v * shrink_more[:, None], scale, inverse_length
+
+
+@triton.jit
+def store_rows(
+    packed,  # [BLOCK_N, BLOCK_C]
+    scale,
+    inverse_length,
+    included,
+    in_image,
+    row,
+    n,
+    c,
+    item_ptr,
+    record_ptr,
+    ratios_ptr,
+    rows_ptr,
+    floats_ptr,
+    num_classes,
+    ratios_stride_n,
+    ratios_stride_m,
+    phi_scale,
+):
+    """Stores packed rows of an image, and what goes with each."""
+    padded = tl.load(record_ptr + PADDED)
+    width = tl.multiple_of(tl.load(record_ptr + WIDTH), 8)
+    row_ptrs = rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64) + (row * width)[:, None] + c[None, :]
+    tl.store(row_ptrs, narrow(packed, rows_ptr.dtype.element_ty), in_image[:, None] & (c < width)[None, :])
+    tl.store(floats_ptr + tl.load(record_ptr + SCALE) + row, tl.where(included, scale, EXCLUDED), in_image)
+    inverse_length = tl.where(included, inverse_length, 0.0)
+    tl.store(floats_ptr + tl.load(record_ptr + INVERSE_LENGTH) + row, inverse_length, in_image)
+    ratio_ptr = ratios_ptr + tl.load(item_ptr + ROW_RATIOS)
+    phi_ptr = floats_ptr + tl.load(record_ptr + PHI)
+    for _ in range(num_classes):
+        tl.store(phi_ptr + row, load_phi(ratio_ptr, n, ratios_stride_n, included, phi_scale), in_image)
+        ratio_ptr += ratios_stride_m
+        phi_ptr += padded
 
 
 @triton.jit(do_not_specialize=["num_classes", "ratios_stride_n", "ratios_stride_m", "num_counters"])
@@ -157,8 +217,6 @@ def pdcr_rows_kernel(
     source = tl.load(item_ptr + ROW_SOURCE)
     source_record_ptr = source_records_ptr + source * SOURCE
     first_row = tl.load(item_ptr + ROW_FIRST)
-    padded = tl.load(record_ptr + PADDED)
-    width = tl.multiple_of(tl.load(record_ptr + WIDTH), 8)
     in_image, n, included = load_vector_numbers(item_ptr, valid_ptr, least_valid, BLOCK_N)  # [BLOCK_N]
     step = tl.arange(0, BLOCK_N)
     row = first_row + step
@@ -179,45 +237,40 @@ def pdcr_rows_kernel(
     v = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for number in tl.static_range(len(ORDERS)):
         if source == number:
-            position = _position(source_record_ptr, positions_ptr, n, included, PLACES[number])
-            v = _load_vectors(
+            position = positions_of(source_record_ptr, positions_ptr, n, included, PLACES[number])
+            v = load_vectors(
                 sources[number], source_record_ptr, image, position, c, included, ORDERS[number]
-            )
+            ).to(tl.float32)
 
-    largest = tl.max(tl.abs(v), 1)
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    shrink = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)  # 2^-k: |entries| < 4
-    v = v * shrink[:, None]
-    square = tl.sum(v * v, 1)
-    length = tl.sqrt_rn(square)
-    exponent = (length.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    shrink_more = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)  # 1 <= |v''| < 2
-    scale = tl.where(square == 0, 0.0, tl.div_rn(1.0, tl.where(square == 0, 1.0, length * shrink_more)))
-    packed = v * shrink_more[:, None]
+    packed, scale, inverse_length = shorten(v)
     unit = packed * scale[:, None]
+    width = tl.load(record_ptr + WIDTH)
+    if not GROUPED:
+        tl.store(scratch_ptr + tl.load(item_ptr + ROW_SUMS) + c, tl.sum(unit, 0), c < width)
+        tl.store(scratch_ptr + tl.load(item_ptr + ROW_VALID_SUM), tl.sum(included.to(tl.float32), 0))
+    tl.store(scratch_ptr + tl.load(record_ptr + Z) + row, num_skipped.to(tl.float32), in_image)
     if UNIT:
         packed = unit
-    row_ptrs = rows_ptr + tl.multiple_of(tl.load(record_ptr + ROWS), 64) + (row * width)[:, None] + c[None, :]
-    in_width = c < width
-    tl.store(row_ptrs, narrow(packed, rows_ptr.dtype.element_ty), in_image[:, None] & in_width[None, :])
-    if not GROUPED:
-        tl.store(scratch_ptr + tl.load(item_ptr + ROW_SUMS) + c, tl.sum(unit, 0), in_width)
-        tl.store(scratch_ptr + tl.load(item_ptr + ROW_VALID_SUM), tl.sum(included.to(tl.float32), 0))
-
-    inverse_length = tl.where(square == 0, 0.0, scale * (shrink * shrink_more))
-    if UNIT:
-        scale = tl.where(square == 0, 0.0, 1.0)
-    tl.store(floats_ptr + tl.load(record_ptr + SCALE) + row, tl.where(included, scale, EXCLUDED), in_image)
-    inverse_length = tl.where(included, inverse_length, 0.0)
-    tl.store(floats_ptr + tl.load(record_ptr + INVERSE_LENGTH) + row, inverse_length, in_image)
-    tl.store(scratch_ptr + tl.load(record_ptr + Z) + row, num_skipped.to(tl.float32), in_image)
-    ratio_ptrs = ratios_ptr + tl.load(item_ptr + ROW_RATIOS) + n * ratios_stride_n
-    phi_ptr = floats_ptr + tl.load(record_ptr + PHI)
-    for _ in range(num_classes):
-        phi = tl.load(ratio_ptrs, included, 0).to(tl.float32)
-        tl.store(phi_ptr + row, phi * phi_scale, in_image)
-        ratio_ptrs += ratios_stride_m
-        phi_ptr += padded
+        scale = tl.where(scale == 0, 0.0, 1.0)
+    store_rows(
+        packed,
+        scale,
+        inverse_length,
+        included,
+        in_image,
+        row,
+        n,
+        c,
+        item_ptr,
+        record_ptr,
+        ratios_ptr,
+        rows_ptr,
+        floats_ptr,
+        num_classes,
+        ratios_stride_n,
+        ratios_stride_m,
+        phi_scale,
+    )
     if tl.program_id(0) == 0:
         for first in range(0, num_counters, BLOCK_N):
             tl.store(partials_ptr + first + step, 0.0, first + step < num_counters)
@@ -227,11 +280,10 @@ def _order(source: Source) -> int:
     """How vectors lie in a source."""
     if source.strides[2] != 1:
         return BY_POSITION.value
-    in_words = all(number % 16 == 0 for number in (*source.strides[:2], source.channels))
-    return (BY_WORD if in_words else BY_CHANNEL).value
+    return (BY_WORD if source.in_words else BY_CHANNEL).value
 
 
-def _place(source: Source) -> int:
+def place_of(source: Source) -> int:
     """Where vectors lie in a source."""
     if source.positions_at >= 0:
         return PLACED.value
@@ -240,11 +292,16 @@ def _place(source: Source) -> int:
     return (PLANNED if fits(SamplePlan(source.extents, source.counts)) else PLANNED_FAR).value
 
 
-def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor, Tensor]:
-    """The packed rows of a call; also scratch and partials, which `layout.py` describes."""
+def new_packed(call: Call, first: Tensor) -> Packed:
+    """What is packed of a call, to fill; `first` is one of its sources."""
+    num_rows, num_floats = call.saved_sizes()
+    return Packed(first.new_empty((num_rows,)), first.new_empty((num_floats,), dtype=torch.float32))
+
+
+def pack(call: Call, inputs: Inputs, packed: Packed, terms: plan.Terms) -> tuple[Tensor, Tensor]:
+    """Fill the packed rows of a call; scratch and partials, which `layout.py` describes."""
     laid_out = layout.lay_out(call, plan.ROWS)
     first, sizes = inputs.sources[0], laid_out.sizes
-    packed = Packed(first.new_empty((sizes.rows,)), first.new_empty((sizes.floats,), dtype=torch.float32))
     scratch = packed.floats.new_empty((sizes.scratch,))
     partials = first.new_empty((sizes.partials,), dtype=torch.float64)
     valid = inputs.valid
@@ -277,7 +334,7 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
         (
             inputs.sources,
             inputs.ratios,
-            valid,
+            inputs.valid_bytes,
             inputs.positions,
             laid_out.row_items.on(first.device),
             laid_out.sources.on(first.device),
@@ -299,7 +356,7 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
         {
             "UNIT": first.dtype == torch.float32,
             "ORDERS": tuple(map(_order, call.sources)),
-            "PLACES": tuple(map(_place, call.sources)),
+            "PLACES": tuple(map(place_of, call.sources)),
             "GROUPED": call.grouped,
             "BLOCK_N": laid_out.block_n,
             "BLOCK_C": laid_out.block_c,
@@ -307,4 +364,4 @@ def pack(call: Call, inputs: Inputs, terms: plan.Terms) -> tuple[Packed, Tensor,
             "enable_fp_fusion": True,
         },
     )
-    return packed, scratch, partials
+    return scratch, partials

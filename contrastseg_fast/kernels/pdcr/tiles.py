@@ -19,6 +19,18 @@ def is_excluded(scale):
 
 
 @triton.jit
+def are_valid(valid_ptr, first, n, inside, least_valid):
+    """Which of some vectors make pairs: those of `inside`, but for invalid ones."""
+    if valid_ptr is not None:
+        valid = tl.load(valid_ptr + first + n, inside, 0)
+        if valid_ptr.dtype.element_ty == tl.float32:
+            inside = inside & (valid >= least_valid)
+        else:
+            inside = inside & (valid != 0)
+    return inside
+
+
+@triton.jit
 def load_rows(rows_ptr, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of packed rows, [BLOCK, WIDTH]."""
     first = tl.cast(tile, tl.int64) * (BLOCK * WIDTH)
@@ -26,11 +38,13 @@ def load_rows(rows_ptr, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_distance(distance, phi_ptr, i, j):
-    """The distances of one class added to those of others."""
-    phi_i = tl.load(phi_ptr + i)  # [BLOCK_I]
-    phi_j = tl.load(phi_ptr + j)  # [BLOCK_J]
-    return distance + tl.abs(phi_i[:, None] - phi_j[None, :])
+def load_phi(phi_ptr, n, stride, included, phi_scale):
+    """Scaled ratios of one class: packed ones, or those of a source times `phi_scale`, 0 if not included."""
+    if included is None:
+        phi = tl.load(phi_ptr + n)
+    else:
+        phi = tl.load(phi_ptr + n.to(tl.int64) * stride, included, 0).to(tl.float32) * phi_scale
+    return phi
 
 
 @triton.jit
@@ -38,25 +52,34 @@ def distances(
     phi_ptr,
     i,
     j,
-    padded,
+    stride_m,  # of classes: P, unless ratios are those of a source
     num_classes,
     unequal,  # the distance of different categories
     CLASSES: tl.constexpr,
     MORE_CLASSES: tl.constexpr,
     CATEGORICAL: tl.constexpr,
+    stride_n=1,  # this and what follows: of a source's ratios alone
+    included_i=None,
+    included_j=None,
+    phi_scale=None,
 ):
     """Scaled class distances of a tile. Classes after the first `CLASSES` take a loop at run time."""
+    phi_i = load_phi(phi_ptr, i, stride_n, included_i, phi_scale)[:, None]  # [BLOCK_I, 1]
+    phi_j = load_phi(phi_ptr, j, stride_n, included_j, phi_scale)[None, :]  # [1, BLOCK_J]
     if CATEGORICAL:
-        differ = tl.load(phi_ptr + i)[:, None] != tl.load(phi_ptr + j)[None, :]  # [BLOCK_I, BLOCK_J]
-        return tl.where(differ, unequal, 0.0)
-    distance = tl.abs(tl.load(phi_ptr + i)[:, None] - tl.load(phi_ptr + j)[None, :])
+        return tl.where(phi_i != phi_j, unequal, 0.0)
+    distance = tl.abs(phi_i - phi_j)
     for m in tl.static_range(1, CLASSES):
-        distance = _add_distance(distance, phi_ptr + m * padded, i, j)
+        phi_i = load_phi(phi_ptr + m * stride_m, i, stride_n, included_i, phi_scale)[:, None]
+        phi_j = load_phi(phi_ptr + m * stride_m, j, stride_n, included_j, phi_scale)[None, :]
+        distance += tl.abs(phi_i - phi_j)
     if MORE_CLASSES:  # noqa: SIM102
         # Always true; but where a loop stands directly within the loop over tiles, nothing is copied ahead.
         if num_classes > CLASSES:
             for further in range(CLASSES, num_classes):
-                distance = _add_distance(distance, phi_ptr + further * padded, i, j)
+                phi_i = load_phi(phi_ptr + further * stride_m, i, stride_n, included_i, phi_scale)[:, None]
+                phi_j = load_phi(phi_ptr + further * stride_m, j, stride_n, included_j, phi_scale)[None, :]
+                distance += tl.abs(phi_i - phi_j)
     return distance
 
 
