@@ -6,6 +6,10 @@ one block the two follow each other; several blocks on a multiprocessor overlap.
     alone    = tensor + instructions / (4 a cycle * share of them that the warps of one block fill) + stall
     together = max(alone / blocks, tensor, instructions / 4, exponentials / 16, bytes / L2 rate)
 
+The overlapped backward kernels compute the weights of pairs while the second product is under way:
+
+    alone    = tensor / 2 + max(tensor / 2, instructions / (4 a cycle * share)) + stall
+
 Instructions come from the compiled loops (Triton 3.6, sm_90), the constants of the card from the counters and
 the sweep of one H100. `MEASURED_KERNELS` are those of commit db56307, which ran there; `NOW` are those of
 today, which no card has run.
@@ -30,6 +34,7 @@ FILLED = {1: 0.55, 2: 0.92}  # share of issue slots, by warps of one block on ea
 START = 2000  # cycles from a program's start to its first product, and from its last to its end
 GROUPING = {"forward": 2, "backward": 0.5}  # small kernels' times that grouping rows adds; guessed
 LEFT = (1.0, 0.58, 0.15)  # shares of tiles: random ratios, the fullest slice of a chest, slices of a brain
+RATIOS = 26.0  # microseconds: of three layers' patches in 8 x 512 x 512 labels (benchmarks/NOTES.md)
 SPLIT_ROWS = 2  # own rows are written and read again by a kernel that sums split columns
 
 
@@ -44,6 +49,7 @@ class Tile(NamedTuple):
     instructions: float  # for a pair, with one class
     per_class: float  # for a pair, for each further class
     stall: float  # cycles per tile for loads, barriers and atomics; fitted where measured
+    overlapped: bool = False  # with the second product
 
 
 class Design(NamedTuple):
@@ -116,13 +122,17 @@ NOW = Design(
 )
 
 
+# The launch of kernels/pdcr/hopper.py for 256 channels, which no table has.
+OVERLAPPED = Tile(128, 64, 8, 3, 1, 13.7, 2.3, 50, overlapped=True)
+
+
 def cycles(tile: Tile, width: int, classes: int, products: int, blocks: int) -> float:
     """Cycles of a multiprocessor for one tile, with that many blocks on it."""
     pairs = tile.rows * tile.columns
     tensor = products * pairs * width / TENSOR
     slots = pairs / 32 * (tile.instructions + (classes - 1) * tile.per_class) / ISSUE
     issued = slots / FILLED[tile.warps // ISSUE]
-    alone = tensor + issued + tile.stall
+    alone = (tensor / 2 + max(tensor / 2, issued) if tile.overlapped else tensor + issued) + tile.stall
     traffic = tile.columns * width * 2 / L2  # streamed rows; own rows are read once
     return max(alone / blocks, tensor, slots, pairs / EXPONENTIALS, traffic)
 
@@ -224,6 +234,21 @@ def predict_small(batch: int, count: int, width: int, classes: int, direction: s
     return LAUNCH + (START + together * one + kernel.end) / CLOCK
 
 
+def predict_call(batch: int, count: int, widths: tuple[int, ...], classes: int, map_bytes: float) -> float:
+    """Microseconds of a whole call of `PDCRLoss` and its gradients, a layer for each width.
+
+    All layers share every launch. `map_bytes` are written as dense gradients of the feature maps.
+    """
+    pairs = rows = 0.0
+    for direction in ("forward", "backward"):
+        for width in widths:
+            launch = best_launch(batch, count, width, classes, direction)
+            pairs += launch.microseconds - LAUNCH
+            rows += NOW.row_time[direction] * count / 1024 * max(1.0, batch * width / 256 / 4)
+    small = sum(NOW.small_kernels.values()) + 1  # and torch's `ones`
+    return RATIOS + pairs + 2 * LAUNCH + rows + small * SMALL + LAUNCH + map_bytes / DRAM
+
+
 # Batch, N, C: microseconds forward and backward of the best measured launches (two classes, bf16).
 MEASURED = {
     (1, 256, 256): (22.2, 28.6),
@@ -276,6 +301,11 @@ def main() -> None:
         ]
         print(f"| {batch}, {count}, {width} | {' | '.join(times)} |")
 
+    maps = 8 * 2 * sum(width * (512 // stride) ** 2 for width, stride in ((64, 4), (128, 8), (256, 16)))
+    call = predict_call(8, 1024, (64, 128, 256), 4, maps)
+    print(f"\nA whole call, 8 x 512 x 512, three layers, N = 1024, M = 4: {call:.0f} us (torch.compile: 472)")
+    overlapped = kernel_time(OVERLAPPED, 1, 1, 16384, 256, 2, products=2)
+    print(f"\nThe overlapped backward kernel, 1, 16384, 256: {overlapped:.0f} us")
     print("\n| B, N, C, M, grouped | " + " | ".join(f"{left} left" for left in LEFT) + " | not grouped |")
     print("|---|" + "---|" * (len(LEFT) + 1))
     for width, classes in ((64, 2), (256, 2), (256, 5)):

@@ -33,10 +33,19 @@ class Compiled(NamedTuple):
     shared: int = 0
     tensor_memory: int = 0  # columns
     instructions: dict[str, int] = {}  # noqa: RUF012  the number of each in the code, if it was read
+    in_flight: dict[str, int] = {}  # noqa: RUF012  those of sm_90 while one group of products is under way
 
     def count(self, pattern: str) -> int:
         """The number of instructions whose mnemonic begins with a match."""
-        return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
+        return _matching(self.instructions, pattern)
+
+    def count_in_flight(self, pattern: str) -> int:
+        """As `count`, of those in `in_flight`."""
+        return _matching(self.in_flight, pattern)
+
+
+def _matching(instructions: dict[str, int], pattern: str) -> int:
+    return sum(count for name, count in instructions.items() if re.match(pattern, name))
 
 
 def record(capability: int, sources: Iterable[str]) -> Recording:
@@ -72,8 +81,11 @@ def _compile(capability: int, variant: Variant, disassembled: bool) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(
-        getattr(importlib.import_module(variant.module), variant.kernel),
+        kernel,
         dict(variant.signature),
         dict(variant.constants),
         {path: [list(each) for each in attribute] for path, attribute in variant.attributes},
@@ -110,7 +122,20 @@ def _resources(cubin: bytes, disassembled: bool) -> dict[str, Any]:
         "stack": found["STACK"],
         "local": found["LOCAL"],
         "instructions": dict(collections.Counter(mnemonics)),
+        "in_flight": _in_flight(text) if disassembled else {},
     }
+
+
+def _in_flight(code: str) -> dict[str, int]:
+    """The instructions that follow a wait for all groups of products but one, up to that for all."""
+    found: collections.Counter[str] = collections.Counter()
+    waiting_for = "0"
+    for name, operands in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*);", code):
+        if name.startswith("WARPGROUP.DEPBAR"):
+            waiting_for = operands.split("gsb0, 0x")[1].strip()
+        elif waiting_for != "0":
+            found[name] += 1
+    return dict(found)
 
 
 def main(capability: int, wanted: Path, out: Path, disassembled: list[str]) -> None:

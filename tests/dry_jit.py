@@ -12,6 +12,7 @@ meaning. OUT is a pickled `Recording`. SOURCE is one of
     tests        the calls of tests/gpu at the sizes of a GPU
     benchmarks   the calls of the GPU cases of benchmarks/registry.py
     counts       `CALLS`, whose launches are counted
+    overlapped   on sm_90, backward launches of no table whose products overlap with other instructions
 
 With `-O`, assertions about results do not end a test before its last call. `ahead_of_time.py` compiles.
 """
@@ -36,8 +37,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
+# Channels, classes and columns of a tile for the overlapped kernels.
+OVERLAPPED = (
+    *((128, 2, 128), (128, 5, 64), (128, 8, 64)),
+    *((256, 2, 64), (256, 3, 64), (256, 5, 32), (256, 8, 32)),
+)
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-SOURCES = ("tables", "modes", "tests", "benchmarks", "counts")
+SOURCES = ("tables", "modes", "tests", "benchmarks", "counts", "overlapped")
 _ROOT = Path(__file__).resolve().parent.parent
 _OPERATORS = {  # with Triton kernels, by file of ops/; `<operator>_on_cuda` there serves CUDA tensors
     "pdcr": ("pdcr_forward", "pdcr_backward"),
@@ -194,7 +200,9 @@ class Recorder:
         from contrastseg_fast.kernels import _common, entropy_gate
         from contrastseg_fast.kernels.pdcr import plan, slabs
 
-        _common.capability = lambda _tensor: self.capability
+        backward = importlib.import_module("contrastseg_fast.kernels.pdcr.backward")
+        for module in (_common, plan, backward):
+            module.capability = lambda _tensor: self.capability
         for module in (_common, plan, entropy_gate):
             module.processors = lambda _tensor: PROCESSORS[self.capability]
         slabs.product = lambda a, b: a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
@@ -402,6 +410,20 @@ def _run_sizes(recorder: Recorder, of_small: dict[int, list[_Mode]], modes: list
                 _three_layers(batch, count, classes, temperature, dtype, layout)
 
 
+def _run_overlapped(recorder: Recorder) -> None:
+    """Rows as they are, and grouped."""
+    from contrastseg_fast.functional import pdcr_loss
+    from contrastseg_fast.kernels._tuning import Launch, forced
+    from contrastseg_fast.problems import FEWEST_GROUPED
+
+    for width, classes, block_j in OVERLAPPED if recorder.capability == 90 else ():
+        for count in (1024, FEWEST_GROUPED):
+            recorder.call = Call("overlapped", f"{width} channels, {count} vectors, {classes} classes")
+            vectors = torch.zeros(1, count, width, dtype=torch.bfloat16, requires_grad=True)
+            with forced("pdcr_backward ", Launch(128, block_j, 8, 3, overlapped=True)):
+                torch.autograd.grad(pdcr_loss(vectors, torch.zeros(1, count, classes)), vectors)
+
+
 def _three_layers(
     batch: int,
     count: int,
@@ -483,6 +505,7 @@ _RUNS = {
     "tests": _run_tests,
     "benchmarks": _run_benchmarks,
     "counts": _run_counts,
+    "overlapped": _run_overlapped,
 }
 
 

@@ -1,12 +1,13 @@
 """What the package launches on a GPU, compiled for cards that this machine does not need, and counted.
 
-`make test` compiles the launch tables for all cards, and for sm_90 the calls that are counted. Of kernels
+`make test` compiles the calls that are counted for all cards, and the launch tables for sm_90. Of kernels
 that differ only in fp16 and bf16, it compiles those in bf16. `make aot` compiles everything for all cards.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -27,7 +28,9 @@ KERNELS = (
 )
 FUSED = ("pdcr_fwd_kernel", "pdcr_bwd_kernel", "pdcr_bwd_groups_kernel")
 SMALL = ("pdcr_small_fwd_kernel", "pdcr_small_bwd_kernel")
-READ = (*FUSED, *SMALL, "pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
+OVERLAPPED = ("pdcr_bwd_hopper_kernel", "pdcr_bwd_groups_hopper_kernel")  # of sm_90 alone
+ALSO_READ = ("pdcr_fwd_slab_kernel", "pdcr_pairs_kernel", "pdcr_rows_kernel", "pdcr_grad_kernel")
+READ = (*FUSED, *OVERLAPPED, *SMALL, *ALSO_READ)
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes at most, where ptxas gives up a few registers for one more block on a processor: each spilled value is
 # stored and loaded once, and allowing the first 128 registers removes the stack.
@@ -36,6 +39,7 @@ STACKS = {
     "segment_sum_kernel": 80,  # of soft and strided labels, 64 words a thread
     "pdcr_fwd_kernel": 24,  # of five to eight classes
     "pdcr_bwd_groups_kernel": 48,  # of 128 channels: between row tiles, not between column tiles
+    "pdcr_bwd_groups_hopper_kernel": 104,  # of 256 channels: between row tiles, not between column tiles
     "pdcr_loss_kernel": 16,  # of 32 and 64 channels, with grouped rows
     "pdcr_fwd_slab_kernel": 16,  # of five classes, fp32
     "entropy_gate_bwd_kernel": 16,  # of five to eight classes, bf16
@@ -67,7 +71,7 @@ LAUNCHES = {
 }
 
 
-SOME_SOURCES = {80: ("tables",), 90: ("tables", "counts"), 100: ("tables",)}
+SOME_SOURCES = {80: ("counts",), 90: ("tables", "counts", "overlapped"), 100: ("counts",)}
 
 
 @functools.cache
@@ -100,7 +104,7 @@ def compiled(capability: int) -> dict[Variant, ahead_of_time.Compiled]:
 def variants(capability: int, kernel: str) -> dict[Variant, ahead_of_time.Compiled]:
     found = {each: result for each, result in compiled(capability).items() if each.kernel == kernel}
     if not found and not EVERYTHING:
-        pytest.skip("not in the launch tables")
+        pytest.skip("not among the calls that are compiled without `make aot`")
     return found
 
 
@@ -111,8 +115,12 @@ def assert_none(failed: list[tuple[Variant, str]], capability: int) -> None:
     assert not failed, "\n".join(lines)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def on_their_cards(kernels: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Every card with each of some kernels, then those of sm_90."""
+    return [*itertools.product(ahead_of_time.CAPABILITIES, kernels), *((90, each) for each in OVERLAPPED)]
+
+
+@pytest.mark.parametrize(("capability", "kernel"), on_their_cards(KERNELS))
 def test_every_launch_compiles_and_fits_the_card(capability: int, kernel: str) -> None:
     """Registers that spill are slow, so only the kernels in `STACKS` may have a stack."""
     found = variants(capability, kernel)
@@ -132,7 +140,7 @@ def test_every_launch_compiles_and_fits_the_card(capability: int, kernel: str) -
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_kernel_of_the_package_is_compiled(capability: int) -> None:
-    assert {each.kernel for each in recorded(capability).variants} <= set(KERNELS)
+    assert {each.kernel for each in recorded(capability).variants} <= {*KERNELS, *OVERLAPPED}
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
@@ -140,8 +148,7 @@ def test_no_grid_is_too_large(capability: int) -> None:
     assert not recorded(capability).refused
 
 
-@pytest.mark.parametrize("kernel", FUSED)
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+@pytest.mark.parametrize(("capability", "kernel"), on_their_cards(FUSED))
 def test_fused_kernels_multiply_on_tensor_cores_and_copy_ahead(capability: int, kernel: str) -> None:
     """Rows arrive by asynchronous copies of 16 bytes, while earlier tiles are multiplied."""
     failed = []
@@ -167,6 +174,27 @@ def test_kernels_of_small_calls_multiply_on_tensor_cores_and_read_words(capabili
         if not result.count(loads) or result.count(r"LDG\.E\.U16"):
             failed.append((variant, "loads of fewer than 16 bytes"))
     assert_none(failed, capability)
+
+
+@pytest.mark.parametrize("kernel", OVERLAPPED)
+def test_weights_of_pairs_are_computed_while_products_are_under_way(kernel: str) -> None:
+    """In the machine code: the compiler may move waits. There, nothing is spilled."""
+    failed = []
+    for variant, result in variants(90, kernel).items():
+        threads = 32 * variant.option("num_warps")
+        pairs = variant.constant("BLOCK_I") * variant.constant("BLOCK_J") // threads
+        exponentials = result.count_in_flight(r"MUFU\.EX2")
+        if exponentials < pairs:
+            failed.append((variant, f"{exponentials} of {pairs} exponentials of a thread"))
+        if spilled := result.count_in_flight("LDL|STL"):
+            failed.append((variant, f"{spilled} accesses to the stack"))
+    assert_none(failed, 90)
+
+
+def test_kernels_of_triton_wait_for_products() -> None:
+    """What is counted above, where nothing overlaps."""
+    found = variants(90, "pdcr_bwd_kernel").values()
+    assert all(result.count("HGMMA") and not result.count_in_flight(r"MUFU\.EX2") for result in found)
 
 
 @pytest.mark.parametrize("kernel", ["pdcr_fwd_slab_kernel", "pdcr_pairs_kernel"])
@@ -216,6 +244,8 @@ def test_vectors_and_gradients_move_in_words_where_strides_allow(capability: int
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_entry_of_the_launch_tables_is_compiled(capability: int) -> None:
     """At every width that it serves, alone and with narrower ones in one launch."""
+    if not EVERYTHING and "tables" not in SOME_SOURCES[capability]:
+        pytest.skip("only `make aot` compiles the tables of this card")
     from contrastseg_fast.kernels._tuning import Launch
     from contrastseg_fast.kernels.pdcr import plan
     from contrastseg_fast.problems import NARROWEST_FUSED, WIDEST_FUSED

@@ -116,13 +116,14 @@ class TestSweep:
         of_tables = sweep.Unit(size, "backward", None).prepare("cpu")
         of_tables()
         before = dict(seen)
-        assert (128, 32, 8, 4) not in before.values()
+        forced = (128, 32, 8, 4, False)
+        assert forced not in before.values()
         for direction in sweep.LAUNCHES:
             seen.clear()
-            run = sweep.Unit(size, direction, (128, 32, 8, 4)).prepare("cpu")
+            run = sweep.Unit(size, direction, forced).prepare("cpu")
             assert seen == {}
             run()
-            assert seen == {**before, direction: (128, 32, 8, 4)}
+            assert seen == {**before, direction: forced}
         of_tables()
         assert seen == before
 

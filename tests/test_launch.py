@@ -84,8 +84,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     return card
 
 
-@pytest.fixture
-def kernel(card: Card) -> Any:
+@pytest.fixture(params=["Triton", "Gluon"])
+def kernel(card: Card, request: pytest.FixtureRequest) -> Any:
+    if request.param == "Gluon":
+        gluon = pytest.importorskip("triton.experimental.gluon")
+        return gluon.jit(pointers_kernel, do_not_specialize=["count"])
     return jit.JITFunction(pointers_kernel, do_not_specialize=["count"])
 
 

@@ -9,8 +9,11 @@ from benchmarks.model import (
     MEASURED,
     MEASURED_KERNELS,
     NOW,
+    OVERLAPPED,
     PROCESSORS,
+    TENSOR,
     best_launch,
+    cycles,
     predict,
     predict_small,
 )
@@ -62,6 +65,14 @@ def test_grouping_rows_costs_little_and_saves_what_it_skips(width, classes):
     assert time(1.0) < 1.02 * time(None)
     for left in (0.15, 0.58):
         assert left < time(left) / time(1.0) < left + 0.15
+
+
+def test_overlapped_products_hide_the_instructions_of_pairs():
+    tile = NOW.tiles["backward"][256][1]
+    assert tile._replace(overlapped=True) == OVERLAPPED
+    hidden = cycles(tile, 256, 2, 2, 1) - cycles(OVERLAPPED, 256, 2, 2, 1)
+    assert hidden == 2 * tile.rows * tile.columns * 256 / TENSOR / 2  # a product
+    assert cycles(OVERLAPPED, 64, 2, 2, 1) < cycles(tile, 64, 2, 2, 1)
 
 
 def test_columns_are_split_where_row_tiles_are_few_and_only_there():

@@ -63,7 +63,7 @@ def launch(
     runtime = knobs.runtime
     if (
         not _IS_KNOWN
-        or type(kernel) is not JITFunction
+        or getattr(type(kernel), "run", None) is not JITFunction.run  # in Triton or Gluon, not interpreted
         or kernel.pre_run_hooks
         or _is_set(runtime.launch_enter_hook)
         or _is_set(runtime.launch_exit_hook)

@@ -26,6 +26,7 @@ class Launch(NamedTuple):
     block_j: int
     num_warps: int
     num_stages: int
+    overlapped: bool = False  # by the kernel for sm_90 whose products overlap with other instructions
 
 
 _chosen: dict[str, Launch] = {}

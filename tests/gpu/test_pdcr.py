@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -231,6 +232,42 @@ def test_groups_of_equal_ratios(
     if determinism == "deterministic":
         again = loss_and_gradient(vectors, ratios.to(device), triton, image_gradients(vectors), valid=valid)
         assert all(torch.equal(a, b) for a, b in zip((loss, gradient), again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grouped", [False, True], ids=["as they are", "grouped"])
+@pytest.mark.parametrize(
+    ("channels", "classes", "block_j"), [(128, 2, 128), (128, 8, 64), (256, 2, 64), (256, 5, 32)]
+)
+def test_overlapped_kernels(
+    cuda, triton: str, channels: int, classes: int, block_j: int, grouped: bool, dtype, monkeypatch
+) -> None:
+    """Those of kernels/pdcr/hopper.py, in which a race would show in some of many programs."""
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("for sm_90 alone")
+    backward = importlib.import_module("contrastseg_fast.kernels.pdcr.backward")
+    from contrastseg_fast.kernels._tuning import Launch, forced
+
+    if backward.overlapped_kernels() is None:
+        pytest.skip("this Triton lacks what they need of Gluon")
+    launched, run_kernel = set(), backward.run_kernel
+
+    def record(kernel: Any, *arguments: Any) -> None:
+        launched.add(kernel.fn.__name__)
+        run_kernel(kernel, *arguments)
+
+    monkeypatch.setattr(backward, "run_kernel", record)
+    monkeypatch.setattr(problems, "FEWEST_GROUPED", 1 if grouped else 1 << 20)
+    for count in (100, 1000, 4096):
+        vectors = random_vectors(cuda, 3, count, channels, dtype=dtype)
+        ratios = blob_ratios(3, count, classes).to(cuda)
+        valid = (torch.rand(3, count) > 0.2).to(cuda)
+        with forced("pdcr_backward ", Launch(128, block_j, 8, 3, overlapped=True)):
+            _, gradient = assert_pdcr_as_exact_as_plain(vectors, ratios, triton, valid=valid)
+            for _ in range(4):
+                again = loss_and_gradient(vectors, ratios, triton, image_gradients(vectors), valid=valid)[1]
+                assert normwise_error(again, gradient) < 1e-3  # log Z is summed in another order
+    assert launched == {"pdcr_bwd_groups_hopper_kernel" if grouped else "pdcr_bwd_hopper_kernel"}
 
 
 def test_offsets_beyond_32_bits(cuda, triton: str) -> None:

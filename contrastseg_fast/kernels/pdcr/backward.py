@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastseg_fast.kernels._common import dot, dot_add, narrow
+from contrastseg_fast import _backend
+from contrastseg_fast.kernels._common import capability, dot, dot_add, narrow
 from contrastseg_fast.kernels._launch import launch as run_kernel
 from contrastseg_fast.kernels._tuning import Launch
 from contrastseg_fast.kernels.pdcr import layout, plan, slabs
@@ -40,7 +42,7 @@ from contrastseg_fast.kernels.pdcr.layout import (
     TILE_WIDTH,
 )
 from contrastseg_fast.kernels.pdcr.rows import Packed
-from contrastseg_fast.kernels.pdcr.tiles import LOG2_E, distances, exponents, is_excluded, load_rows
+from contrastseg_fast.kernels.pdcr.tiles import distances, load_rows, pair_weight, z_term
 from contrastseg_fast.problems import Call
 
 
@@ -50,55 +52,6 @@ class PairSums(NamedTuple):
     g: Tensor  # fp32
     spans: Tensor  # (images, 2): where the parts `(parts, P, width)` of an image begin, and how many they are
     block_i: int = 0  # of grouped rows: the height of parts, whose spans are `layout.shares`
-
-
-@triton.jit
-def _z_term(log_z_ptr, stats_ptr, row, count, scale, log_weight_scale, BOUNDED: tl.constexpr):
-    """n / Z of some rows if BOUNDED, else log2(Z / n); what makes their share vanish if they are excluded.
-
-    Either times the weight scale. It takes few instructions: every thread computes it for all its columns.
-    """
-    log_z = tl.load(log_z_ptr + row, row < count, 0.0)
-    log_term = log_z * LOG2_E - (tl.log2(tl.load(stats_ptr)) + log_weight_scale)
-    log_term = tl.where(is_excluded(scale), float("inf"), log_term)
-    return tl.exp2(-log_term) if BOUNDED else log_term
-
-
-@triton.jit
-def _pair_weight(
-    product,
-    distance,
-    scale_i,
-    scale_j,
-    z_term_i,
-    z_term_j,
-    bias,
-    slope,
-    shift,
-    pull,
-    offset,
-    PLAIN: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """The bracket of g times log2(e) / tau, the weight scale and scale_j.
-
-    z_term is n / Z if BOUNDED, else log2(Z / n); it, pull and offset contain the weight scale.
-    """
-    if PLAIN:
-        distance = distance * scale_j[None, :]  # once, for the exponent and for the weight
-        t = product * scale_i[:, None] * distance
-    else:
-        t, _ = exponents(product * scale_i[:, None] * scale_j[None, :], distance, bias, slope, shift)
-    if BOUNDED:
-        share = tl.exp2(t) * (z_term_i[:, None] + z_term_j[None, :])
-    else:
-        share = tl.exp2(t - z_term_i[:, None]) + tl.exp2(t - z_term_j[None, :])
-    if PLAIN:
-        return distance * (share + pull) + (offset * scale_j)[None, :]
-    weight = (bias + slope * distance) * share + (pull * distance + offset)
-    # Exponentials of excluded rows may overflow here, and inf * 0 is NaN.
-    weight = tl.where(is_excluded(scale_i)[:, None] | is_excluded(scale_j)[None, :], 0.0, weight)
-    return weight * scale_j[None, :]
 
 
 @triton.jit
@@ -136,17 +89,17 @@ def multiply_row_tile(
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     rows_i = load_rows(rows_ptr, tile, WIDTH, BLOCK_I)  # [BLOCK_I, WIDTH]
     scale_i = tl.load(scale_ptr + i)  # [BLOCK_I]
-    z_term_i = _z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED)  # [BLOCK_I]
+    z_term_i = z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED)  # [BLOCK_I]
     g = tl.zeros([BLOCK_I, WIDTH], tl.float32)
     for step in range(start, stop):
         column_tile = step + tl.where(step >= skip_first, num_skipped, 0)
         j = column_tile * BLOCK_J + tl.arange(0, BLOCK_J)
         scale_j = tl.load(scale_ptr + j)  # [BLOCK_J]
-        z_term_j = _z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED)  # [BLOCK_J]
+        z_term_j = z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED)  # [BLOCK_J]
         rows_j = load_rows(rows_ptr, column_tile, WIDTH, BLOCK_J)  # [BLOCK_J, WIDTH]
         product = dot(rows_i, tl.trans(rows_j))  # [BLOCK_I, BLOCK_J]
         distance = distances(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
-        weight = _pair_weight(
+        weight = pair_weight(
             product,
             distance,
             scale_i,
@@ -361,13 +314,40 @@ def pdcr_bwd_groups_kernel(
             )
 
 
+@functools.cache
+def overlapped_kernels() -> ModuleType | None:
+    """The kernels in Gluon; None where this Triton does not have all that they need, or interprets."""
+    if _backend.interpreting():
+        return None
+    try:
+        from contrastseg_fast.kernels.pdcr import hopper
+    except (ImportError, AttributeError):  # a Triton without Gluon, or with other names in it
+        return None
+    return hopper
+
+
+def _fused_kernel(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> Any:
+    """The kernel that an overlapped launch names if it serves the call on this card, else Triton's."""
+    widths, kernels = layout.fused_widths(call), overlapped_kernels()
+    simple = terms.plain and terms.bounded and not terms.modes["MORE_CLASSES"]
+    if (
+        launch.overlapped
+        and kernels is not None
+        and capability(packed.rows) == 90
+        and widths in ((128,), (256,))
+        and simple
+    ):
+        return kernels.pdcr_bwd_groups_hopper_kernel if call.grouped else kernels.pdcr_bwd_hopper_kernel
+    return pdcr_bwd_groups_kernel if call.grouped else pdcr_bwd_kernel
+
+
 def _multiply_groups(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> PairSums:
     """By the fused kernel, without the pairs that grouped rows skip."""
     device = packed.rows.device
     tiles = layout.shares(call, plan.ROWS, launch, plan.one_wave(call, launch, packed.rows))
     g = packed.floats.new_empty((tiles.numbers,))
     run_kernel(
-        pdcr_bwd_groups_kernel,
+        _fused_kernel(call, packed, terms, launch),
         (len(tiles.items),),
         (
             tiles.items.on(device),
@@ -400,7 +380,7 @@ def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms
     tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)
     g = packed.floats.new_empty((tiles.numbers,))
     run_kernel(
-        pdcr_bwd_kernel,
+        _fused_kernel(call, packed, terms, launch),
         (len(tiles.items),),
         (
             tiles.items.on(device),
@@ -472,13 +452,13 @@ def pdcr_pairs_kernel(
     scale_i, scale_j = tl.load(scale_ptr + i), tl.load(scale_ptr + j)
     product = tl.load(slab_ptr + offsets, inside, 0.0)  # [BLOCK_I, BLOCK_J]
     distance = distances(phi_ptr, i, j, padded, num_classes, unequal, CLASSES, MORE_CLASSES, CATEGORICAL)
-    weight = _pair_weight(
+    weight = pair_weight(
         product,
         distance,
         scale_i,
         scale_j,
-        _z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED),
-        _z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED),
+        z_term(log_z_ptr, stats_ptr, i, count, scale_i, log_weight_scale, BOUNDED),
+        z_term(log_z_ptr, stats_ptr, j, count, scale_j, log_weight_scale, BOUNDED),
         bias,
         slope,
         shift,

@@ -162,16 +162,20 @@ def store_cores(cores_ptr, first_tile, num_tiles, valid_tiles):
 
 
 @triton.jit
-def load_cores(cores_ptr):
-    """The first tile of every group's core, and its number of tiles, [GROUPS]."""
-    groups = tl.arange(0, GROUPS)
+def load_cores(cores_ptr, groups=None):
+    """The first tile of every group's core, and its number of tiles, [GROUPS].
+
+    Gluon needs to know where threads keep numbers: there, callers pass those of all `groups` and `tiles`.
+    """
+    if groups is None:
+        groups = tl.arange(0, GROUPS)
     return tl.load(cores_ptr + groups).to(tl.int32), tl.load(cores_ptr + GROUPS + groups).to(tl.int32)
 
 
 @triton.jit
-def core_around(cores_ptr, row):
+def core_around(cores_ptr, row, groups=None):
     """The first row of the core that holds the row tile from `row` on, and its rows; or nothing."""
-    first_tile, num_tiles = load_cores(cores_ptr)
+    first_tile, num_tiles = load_cores(cores_ptr, groups)
     tile = row // TILE
     holds = (first_tile <= tile) & (tile < first_tile + num_tiles)
     return tl.sum(tl.where(holds, first_tile, 0), 0) * TILE, tl.sum(tl.where(holds, num_tiles, 0), 0) * TILE
@@ -202,10 +206,10 @@ def left_of_columns(cores_ptr, row, start, stop, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def steps_above(cores_ptr, tile, BLOCK_I: tl.constexpr):
+def steps_above(cores_ptr, tile, BLOCK_I: tl.constexpr, groups=None):
     """The steps of all row tiles above each of some [T], whose height is BLOCK_I."""
     HEIGHT: tl.constexpr = TILE // BLOCK_I  # of a core's tile, in row tiles
-    first_tile, num_tiles = load_cores(cores_ptr)
+    first_tile, num_tiles = load_cores(cores_ptr, groups)
     in_core = tl.maximum(tile[:, None] - HEIGHT * first_tile[None, :], 0)  # [T, GROUPS]
     in_core = tl.minimum(in_core, HEIGHT * num_tiles[None, :])
     valid_tiles = tl.load(cores_ptr + VALID_TILES).to(tl.int32)
@@ -228,7 +232,7 @@ def first_step(item_ptr, cores_ptr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def next_row_tile(item_ptr, cores_ptr, step, BLOCK_I: tl.constexpr):
+def next_row_tile(item_ptr, cores_ptr, step, BLOCK_I: tl.constexpr, tiles=None, groups=None):
     """The row tile of a step of a share.
 
     Returns:
@@ -236,9 +240,11 @@ def next_row_tile(item_ptr, cores_ptr, step, BLOCK_I: tl.constexpr):
         step after these, -1 if there is none.
     """
     size, total = _share_of_item(item_ptr, cores_ptr, BLOCK_I)
+    if tiles is None:
+        tiles = tl.arange(0, TILE)
     tile, begin, end = 0, 0, total
     for first in range(0, tl.load(cores_ptr + VALID_TILES).to(tl.int32) * (TILE // BLOCK_I), TILE):
-        ends = steps_above(cores_ptr, first + 1 + tl.arange(0, TILE), BLOCK_I)
+        ends = steps_above(cores_ptr, first + 1 + tiles, BLOCK_I, groups)
         is_above = ends <= step
         tile += tl.sum(is_above.to(tl.int32), 0)
         begin = tl.maximum(begin, tl.max(tl.where(is_above, ends, 0), 0))

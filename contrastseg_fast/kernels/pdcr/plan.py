@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastseg_fast.affinity import Affinity
-from contrastseg_fast.kernels._common import processors, sm_table
+from contrastseg_fast.kernels._common import capability, processors, sm_table
 from contrastseg_fast.kernels._tuning import Launch, tuned
 from contrastseg_fast.problems import Call, padded
 
@@ -111,6 +111,9 @@ CANDIDATES = [
     for num_warps in (4, 8)
     for num_stages in (2, 3, 4)
 ]
+# On sm_90 backward too, of one width of 128 or 256 channels (backward.py). No card has run these kernels yet:
+# the tables get them where one measures that they are faster.
+OVERLAPPED = [Launch(128, block_j, 8, 3, overlapped=True) for block_j in (128, 64, 32)]
 SLAB_FORWARD = Launch(32, 128, 4, 1)
 SLAB_PAIRS = Launch(32, 128, 4, 1)
 ROWS = RowLaunch(2048, 1024, 4)
@@ -215,7 +218,8 @@ def choose_launch(
     few = tiles < _FEW_TILES[direction] * processors(rows)
     classes = min(num_classes, _UNROLLED_CLASSES + 1)
     family = f"pdcr_{direction} {rows.dtype} width {width} classes {classes} {plain=} {logged=} {few=}"
-    return tuned(family, entry.few if few else entry.many, CANDIDATES, rows, run)
+    overlapped = OVERLAPPED if direction == "backward" and capability(rows) == 90 else []
+    return tuned(family, entry.few if few else entry.many, CANDIDATES + overlapped, rows, run)
 
 
 def is_small(call: Call) -> bool:

@@ -1,4 +1,4 @@
-"""What the kernels of PDCR share: excluded rows, tiles of rows, distances and exponents of pairs."""
+"""What the kernels of PDCR share: excluded rows, tiles of rows, distances, exponents and weights of pairs."""
 
 from __future__ import annotations
 
@@ -88,3 +88,52 @@ def exponents(similarity, distance, bias, slope, shift):
     """t of a tile, and x d, unless exponents are plain."""
     x = similarity - shift
     return x * (bias + slope * distance), x * distance
+
+
+@triton.jit
+def z_term(log_z_ptr, stats_ptr, row, count, scale, log_weight_scale, BOUNDED: tl.constexpr):
+    """n / Z of some rows if BOUNDED, else log2(Z / n); what makes their share vanish if they are excluded.
+
+    Either times the weight scale. It takes few instructions: every thread computes it for all its columns.
+    """
+    log_z = tl.load(log_z_ptr + row, row < count, 0.0)
+    log_term = log_z * LOG2_E - (tl.log2(tl.load(stats_ptr)) + log_weight_scale)
+    log_term = tl.where(is_excluded(scale), float("inf"), log_term)
+    return tl.exp2(-log_term) if BOUNDED else log_term
+
+
+@triton.jit
+def pair_weight(
+    product,
+    distance,
+    scale_i,
+    scale_j,
+    z_term_i,
+    z_term_j,
+    bias,
+    slope,
+    shift,
+    pull,
+    offset,
+    PLAIN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """The bracket of g times log2(e) / tau, the weight scale and scale_j.
+
+    z_term is n / Z if BOUNDED, else log2(Z / n); it, pull and offset contain the weight scale.
+    """
+    if PLAIN:
+        distance = distance * scale_j[None, :]  # once, for the exponent and for the weight
+        t = product * scale_i[:, None] * distance
+    else:
+        t, _ = exponents(product * scale_i[:, None] * scale_j[None, :], distance, bias, slope, shift)
+    if BOUNDED:
+        share = tl.exp2(t) * (z_term_i[:, None] + z_term_j[None, :])
+    else:
+        share = tl.exp2(t - z_term_i[:, None]) + tl.exp2(t - z_term_j[None, :])
+    if PLAIN:
+        return distance * (share + pull) + (offset * scale_j)[None, :]
+    weight = (bias + slope * distance) * share + (pull * distance + offset)
+    # Exponentials of excluded rows may overflow here, and inf * 0 is NaN.
+    weight = tl.where(is_excluded(scale_i)[:, None] | is_excluded(scale_j)[None, :], 0.0, weight)
+    return weight * scale_j[None, :]
