@@ -328,56 +328,28 @@ def overlapped_kernels() -> ModuleType | None:
 
 def _fused_kernel(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> Any:
     """The kernel that an overlapped launch names if it serves the call on this card, else Triton's."""
-    widths, kernels = layout.fused_widths(call), overlapped_kernels()
-    simple = terms.plain and terms.bounded and not terms.modes["MORE_CLASSES"]
     if (
         launch.overlapped
-        and kernels is not None
         and capability(packed.rows) == 90
-        and widths in ((128,), (256,))
-        and simple
+        and layout.fused_widths(call) in ((128,), (256,))
+        and terms.plain
+        and terms.bounded
+        and not terms.modes["MORE_CLASSES"]
     ):
-        return kernels.pdcr_bwd_groups_hopper_kernel if call.grouped else kernels.pdcr_bwd_hopper_kernel
+        kernels = overlapped_kernels()
+        if kernels is not None:
+            return kernels.pdcr_bwd_groups_hopper_kernel if call.grouped else kernels.pdcr_bwd_hopper_kernel
     return pdcr_bwd_groups_kernel if call.grouped else pdcr_bwd_kernel
 
 
-def _multiply_groups(call: Call, packed: Packed, terms: plan.Terms, launch: Launch) -> PairSums:
-    """By the fused kernel, without the pairs that grouped rows skip."""
-    device = packed.rows.device
-    tiles = layout.shares(call, plan.ROWS, launch, plan.one_wave(call, launch, packed.rows))
-    g = packed.floats.new_empty((tiles.numbers,))
-    run_kernel(
-        _fused_kernel(call, packed, terms, launch),
-        (len(tiles.items),),
-        (
-            tiles.items.on(device),
-            layout.lay_out(call, plan.ROWS).records.on(device),
-            packed.rows,
-            packed.floats,
-            g,
-        ),
-        (
-            call.num_compared,
-            *terms.exponent.values(),
-            *terms.pair_weight.values(),
-        ),
-        {
-            "WIDTHS": layout.fused_widths(call),
-            **terms.modes,
-            "BOUNDED": terms.bounded,
-            **plan.tile_options(launch),
-        },
-    )
-    return PairSums(g, tiles.spans.on(device), launch.block_i)
-
-
 def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms, launch: Launch) -> PairSums:
-    """By the fused kernel."""
+    """By the fused kernel; of grouped rows, without the pairs that they skip."""
+    device = packed.rows.device
     if call.grouped:
-        return _multiply_groups(call, packed, terms, launch)
-    device = log_z.device
-    per_program = plan.columns_per_program("backward", call, launch, packed.rows)
-    tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)
+        tiles = layout.shares(call, plan.ROWS, launch, plan.one_wave(call, launch, packed.rows))
+    else:
+        per_program = plan.columns_per_program("backward", call, launch, packed.rows)
+        tiles = layout.backward_tiles(call, plan.ROWS, launch, per_program)
     g = packed.floats.new_empty((tiles.numbers,))
     run_kernel(
         _fused_kernel(call, packed, terms, launch),
@@ -387,7 +359,7 @@ def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms
             layout.lay_out(call, plan.ROWS).records.on(device),
             packed.rows,
             packed.floats,
-            log_z,
+            *(() if call.grouped else (log_z,)),  # that of grouped rows is in floats, in their order
             g,
         ),
         (
@@ -402,7 +374,7 @@ def _multiply_tiles(call: Call, packed: Packed, log_z: Tensor, terms: plan.Terms
             **plan.tile_options(launch),
         },
     )
-    return PairSums(g, tiles.spans.on(device))
+    return PairSums(g, tiles.spans.on(device), launch.block_i if call.grouped else 0)
 
 
 @triton.jit(do_not_specialize=["first_image", "num_classes"])

@@ -114,6 +114,7 @@ CANDIDATES = [
 # On sm_90 backward too, of one width of 128 or 256 channels (backward.py). No card has run these kernels yet:
 # the tables get them where one measures that they are faster.
 OVERLAPPED = [Launch(128, block_j, 8, 3, overlapped=True) for block_j in (128, 64, 32)]
+_WITH_OVERLAPPED = CANDIDATES + OVERLAPPED
 SLAB_FORWARD = Launch(32, 128, 4, 1)
 SLAB_PAIRS = Launch(32, 128, 4, 1)
 ROWS = RowLaunch(2048, 1024, 4)
@@ -218,8 +219,9 @@ def choose_launch(
     few = tiles < _FEW_TILES[direction] * processors(rows)
     classes = min(num_classes, _UNROLLED_CLASSES + 1)
     family = f"pdcr_{direction} {rows.dtype} width {width} classes {classes} {plain=} {logged=} {few=}"
-    overlapped = OVERLAPPED if direction == "backward" and capability(rows) == 90 else []
-    return tuned(family, entry.few if few else entry.many, CANDIDATES + overlapped, rows, run)
+    can_overlap = direction == "backward" and capability(rows) == 90
+    candidates = _WITH_OVERLAPPED if can_overlap else CANDIDATES
+    return tuned(family, entry.few if few else entry.many, candidates, rows, run)
 
 
 def is_small(call: Call) -> bool:
